@@ -1,0 +1,72 @@
+# Two commands for users of this repository: `make demo` and `make test`. Both install what they need under the cache below.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+export FINETUNE_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
+PYTHON ?= python3
+# One virtual environment for each set of dependencies: other edits of pyproject.toml keep it.
+VENV_KEY := $(shell $(PYTHON) -c "import hashlib, json, tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(hashlib.sha256(json.dumps([p['project']['dependencies'], p['project']['optional-dependencies'], p['dependency-groups']]).encode()).hexdigest()[:12])")
+VENV := $(FINETUNE_CACHE)/venv-$(VENV_KEY)
+export PATH := $(VENV)/bin:$(PATH)
+export PYTHONPATH := crds:operator:trainer:.
+# CPU is what every machine has; the tests of the trainer run on it.
+export DS_ACCELERATOR := cpu
+export OMP_NUM_THREADS := 1
+
+.PHONY: help venv demo demo-down test test-fast test-cluster check format generate build bench
+
+help: ## Say what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: venv ## A real Kubernetes on this machine, the operator, and a fine-tuning job on two nodes (CONTEXT=… uses a cluster of yours)
+	python -m tests.cluster.demo $(if $(CONTEXT),--context $(CONTEXT))
+
+demo-down: venv ## Take down what `make demo` left for you to look at
+	python -m tests.cluster down
+
+test: venv check ## Everything: unit tests while the cluster is built, then the real cluster
+	python -m tests.cluster build > $(FINETUNE_CACHE)/build.log 2>&1 & build=$$!; \
+	pytest tests --ignore tests/cluster -m "not cluster" || { kill $$build; exit 1; }; \
+	echo "waiting for the cluster's programs and images (log: $(FINETUNE_CACHE)/build.log)"; \
+	wait $$build || { tail -50 $(FINETUNE_CACHE)/build.log; exit 1; }
+	pytest tests -m cluster
+
+test-fast: venv ## Only what needs neither cluster nor torchrun
+	pytest tests/api tests/operator tests/agent -m "not cluster and not slow" -q
+
+test-cluster: venv ## Only what runs on the real cluster
+	pytest tests -m cluster
+
+check: venv ## Style, types, import contracts, generated files: before every commit
+	ruff format --check --quiet . || { echo "run: make format"; exit 1; }
+	ruff check --quiet .
+	mypy
+	lint-imports --no-cache > $(FINETUNE_CACHE)/imports.log || { cat $(FINETUNE_CACHE)/imports.log; exit 1; }
+	python -m finetune_api --check
+
+format: venv ## Let ruff format, and mend what it can
+	ruff format --quiet . && ruff check --quiet --fix .
+
+generate: venv ## Write the CRD, its copies and its reference page from the types
+	python -m finetune_api
+
+build: venv ## Build the cluster's programs and the images, without starting anything
+	python -m tests.cluster build
+
+bench: venv ## Run the benchmarks; each prints one table
+	for benchmark in benchmarks/bench_*.py; do python $$benchmark; done
+
+venv: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	@command -v $(PYTHON) > /dev/null || { echo "Python 3.11 or newer is missing: apt-get install python3 python3-venv"; exit 1; }
+	@if [ ! -f $@ ]; then \
+	  mkdir -p $(FINETUNE_CACHE); \
+	  exec 9> $(FINETUNE_CACHE)/venv.lock; flock 9; \
+	  echo "installing Python packages into $(VENV) (about a minute, once)"; \
+	  $(PYTHON) -m venv $(FINETUNE_CACHE)/uv || { echo "venv is missing: apt-get install python3-venv"; exit 1; }; \
+	  $(FINETUNE_CACHE)/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9; \
+	  $(FINETUNE_CACHE)/uv/bin/uv venv --quiet --clear --python $(PYTHON) $(VENV); \
+	  $(FINETUNE_CACHE)/uv/bin/uv pip install --quiet --python $(VENV)/bin/python -r pyproject.toml --all-extras --group test --group check; \
+	fi; touch $@

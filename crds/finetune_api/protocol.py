@@ -1,0 +1,287 @@
+"""What agent and operator, and worker and agent, say to one another: JSON objects of one version.
+
+An agent POSTs a :class:`Report` of what is, whenever that changes, and long-polls for an :class:`Order` of what should be.
+Both are levels, not events: repeating one changes nothing, and the newest replaces all before it. Reports repeat the exits of the
+agent's newest generation until a higher one starts, so neither side needs to remember what the other has heard.
+
+Workers tell their agent how they are with :class:`Beat` datagrams.
+
+Standard library only, Python 3.9 syntax (see contract). ``from_wire`` ignores fields it does not know, so that a newer peer is
+understood, and raises ``ValueError`` with the path of a field that is missing or wrong, so that hostile input ends there.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Dict, List, Optional, Type, TypeVar, Union
+
+PROTOCOL_VERSION = 1
+SERVED_VERSIONS = (1,)
+
+T = TypeVar("T")
+
+
+class AgentState(str, Enum):
+    """What became of the generation that an agent started last."""
+
+    IDLE = "Idle"  # none started yet
+    RUNNING = "Running"
+    SUCCEEDED = "Succeeded"  # every local worker ended with 0
+    FAILED = "Failed"  # a local worker or the launcher ended otherwise
+    STOPPED = "Stopped"  # ended because it was told to
+
+
+class Action(str, Enum):
+    """What an agent should be doing."""
+
+    WAIT = "Wait"  # end what runs of lower generations, hold still
+    RUN = "Run"  # run this generation
+    STOP = "Stop"  # ask the workers to save, then end them
+    FINISH = "Finish"  # the job is over: exit 0, whatever became of it
+
+
+class Phase(str, Enum):
+    """What a worker is doing; limits on silence differ by phase."""
+
+    INITIALIZING = "Initializing"
+    TRAINING = "Training"
+    EVALUATING = "Evaluating"
+    CHECKPOINTING = "Checkpointing"
+    FINISHING = "Finishing"
+
+
+class BeatKind(str, Enum):
+    """What a datagram of a worker tells."""
+
+    HEARTBEAT = "heartbeat"  # every rank, at each step and change of phase
+    PROGRESS = "progress"  # rank 0
+    EVALUATION = "evaluation"  # rank 0
+    CHECKPOINT = "checkpoint"  # rank 0, after the commit
+    MODEL = "model"  # rank 0, after the upload of the result
+    FAILURE = "failure"  # any rank, right before it exits for a reason it knows
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Where a worker is. ``step`` counts finished optimizer steps."""
+
+    phase: Phase
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is. ``step`` of ``total_steps`` optimizer steps are done; the rest describes the newest."""
+
+    step: int
+    total_steps: Optional[int] = None
+    epoch: Optional[float] = None
+    loss: Optional[float] = None
+    learning_rate: Optional[float] = None
+    gradient_norm: Optional[float] = None
+    tokens_per_second: Optional[float] = None
+    remaining_seconds: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of an evaluation."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation, after ``step`` optimizer steps."""
+
+    step: int
+    metrics: List[Metric] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: ``commit_time`` is RFC 3339 in UTC, ``size_bytes`` counts all objects."""
+
+    step: int
+    uri: str
+    size_bytes: int
+    commit_time: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """The result, in Hugging Face layout."""
+
+    uri: str
+
+
+@dataclass(frozen=True)
+class Exit:
+    """The end of one worker (or of the launcher itself: ``rank`` -1).
+
+    ``exit_code`` is None when ``signal`` ended it. ``message`` is the error's last line, ``log_tail`` the last lines printed.
+    """
+
+    generation: int
+    rank: int
+    exit_code: Optional[int] = None
+    signal: Optional[int] = None
+    message: str = ""
+    log_tail: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one agent is and has seen.
+
+    ``instance`` changes when the agent process does. ``generation`` is the newest it started, 0 before the first. ``address`` and
+    ``port`` are where this pod would host a generation's rendezvous; the port is one that the agent found free.
+    """
+
+    pod_uid: str
+    instance: str
+    agent_version: str
+    generation: int
+    state: AgentState
+    address: str
+    port: int
+    protocol: int = PROTOCOL_VERSION
+    heartbeat: Optional[Heartbeat] = None
+    progress: Optional[Progress] = None
+    evaluation: Optional[Evaluation] = None
+    checkpoint: Optional[Checkpoint] = None
+    model: Optional[Model] = None
+    exits: List[Exit] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one agent should be doing. The fields after ``generation`` matter for ``Run`` only.
+
+    ``rank`` is the node's rank among ``nodes``; workers get global ranks ``rank * processes_per_node + local rank``.
+    """
+
+    action: Action
+    generation: int = 0
+    rank: int = 0
+    nodes: int = 0
+    processes_per_node: int = 1
+    master_address: str = ""
+    master_port: int = 0
+    grace_seconds: int = 0
+    protocol: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One datagram of a worker. Exactly the member that ``kind`` names is set."""
+
+    kind: BeatKind
+    rank: int
+    generation: int
+    heartbeat: Optional[Heartbeat] = None
+    progress: Optional[Progress] = None
+    evaluation: Optional[Evaluation] = None
+    checkpoint: Optional[Checkpoint] = None
+    model: Optional[Model] = None
+    failure: Optional[Exit] = None
+
+
+@dataclass(frozen=True)
+class JobStorage:
+    """Where the job writes: ``prefix`` is ``s3://bucket/path`` of this job alone; no other place is written to."""
+
+    prefix: str
+    endpoint: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class JobCheckpoint:
+    """When to commit checkpoints, and how many to keep. At most one of the intervals is set."""
+
+    interval_steps: Optional[int] = None
+    interval_seconds: Optional[int] = None
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """The contract values of one job, mounted as job.json.
+
+    ``command`` is what each worker runs: empty for the recipe's trainer. ``job_server`` is ``https://host:port``.
+    """
+
+    namespace: str
+    name: str
+    uid: str
+    job_server: str
+    command: List[str] = field(default_factory=list)
+    storage: Optional[JobStorage] = None
+    checkpoint: JobCheckpoint = field(default_factory=JobCheckpoint)
+
+
+def to_wire(value: Any) -> Any:
+    """Return a message as plain JSON values under camelCase names, without fields that are unset (``None``)."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        members = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {_camel(name): to_wire(member) for name, member in members if member is not None}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [to_wire(item) for item in value]
+    return value
+
+
+def from_wire(kind: Type[T], value: Any, path: str = "$") -> T:
+    """Return the message of type ``kind`` that plain JSON values describe.
+
+    Raises:
+        ValueError: a field is missing or of the wrong type; the message names its path.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(path + ": must be an object")
+    hints = typing.get_type_hints(kind)
+    members: Dict[str, Any] = {}
+    for f in dataclasses.fields(kind):  # type: ignore[arg-type]
+        name = _camel(f.name)
+        if name in value and value[name] is not None:
+            members[f.name] = _read(hints[f.name], value[name], path + "." + name)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(path + "." + name + ": is missing")
+    return kind(**members)
+
+
+def _read(hint: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Union:
+        return _read(next(a for a in arguments if a is not type(None)), value, path)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError(path + ": must be a list")
+        return [_read(arguments[0], item, path + "[" + str(i) + "]") for i, item in enumerate(value)]
+    if dataclasses.is_dataclass(hint):
+        return from_wire(typing.cast("type", hint), value, path)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        try:
+            return hint(value)
+        except ValueError:
+            allowed = ", ".join(str(member.value) for member in hint)
+            raise ValueError(path + ": must be one of " + allowed) from None
+    return _read_scalar(hint, value, path)
+
+
+def _read_scalar(hint: Any, value: Any, path: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(path + ": must be of type " + hint.__name__)
+    if hint is float and (value != value or value in (float("inf"), float("-inf"))):
+        raise ValueError(path + ": must be a finite number")
+    return value
+
+
+def _camel(name: str) -> str:
+    head, *rest = name.split("_")
+    return head + "".join(word.capitalize() for word in rest)

@@ -1,0 +1,221 @@
+"""``status``: what is, as far as the operator knows. Written by the operator alone, in one write at a time."""
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import Field
+
+from finetune_api.schema import StatusModel
+
+
+class JobPhase(StrEnum):
+    """One word for people; decisions are made from conditions."""
+
+    SUSPENDED = "Suspended"
+    PENDING = "Pending"
+    STARTING = "Starting"
+    RUNNING = "Running"
+    RECOVERING = "Recovering"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+class ConditionType(StrEnum):
+    """The conditions of a job. Ready, Reconciling and Stalled follow kstatus."""
+
+    READY = "Ready"
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+    SUSPENDED = "Suspended"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+
+
+class Condition(StatusModel):
+    """One aspect of the job's state, in the form of Kubernetes' own conditions."""
+
+    type: str = Field(max_length=64)
+    """Which aspect."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    reason: str = Field(max_length=64)
+    """One CamelCase word for programs."""
+    message: str = Field(default="", max_length=2048)
+    """A sentence for people."""
+    last_transition_time: str = Field(json_schema_extra={"format": "date-time"})
+    """When status last changed."""
+    observed_generation: int | None = None
+    """The version of spec that this was said of."""
+
+
+class Member(StatusModel):
+    """One place in the gang."""
+
+    rank: int = Field(ge=0)
+    """Node rank."""
+    pod: str = Field(max_length=253)
+    """Name of the pod that holds it."""
+    uid: str = Field(max_length=64)
+    """Identity of that pod."""
+
+
+class Gang(StatusModel):
+    """One incarnation of the gang. Committed before any agent is told, never told before."""
+
+    generation: int = Field(ge=0)
+    """Rises with each incarnation, never falls."""
+    nodes: int = Field(ge=0)
+    """How many members it has when complete."""
+    processes_per_node: int = Field(default=1, ge=1)
+    """Ranks in each member."""
+    ready: int = Field(default=0, ge=0)
+    """How many members report that they run it."""
+    start_time: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """When its members were committed."""
+    master_address: str | None = Field(default=None, max_length=64)
+    """Where its ranks meet."""
+    master_port: int | None = None
+    """Where its ranks meet."""
+    members: list[Member] = Field(default_factory=list, max_length=2048, json_schema_extra={"x-list-key": "rank"})
+    """Who is in it; empty while it is being assembled."""
+
+
+class JobProgress(StatusModel):
+    """How far training is, from rank 0."""
+
+    step: int = Field(ge=0)
+    """Optimizer steps done."""
+    total_steps: int | None = None
+    """Optimizer steps in all."""
+    percent: int | None = Field(default=None, ge=0, le=100)
+    """Share of steps done."""
+    epoch: float | None = None
+    """Passes over the training data."""
+    loss: float | None = None
+    """Training loss of the newest step."""
+    learning_rate: float | None = None
+    """Learning rate of the newest step."""
+    gradient_norm: float | None = None
+    """Global gradient norm of the newest step, before clipping."""
+    tokens_per_second: float | None = None
+    """Over all ranks."""
+    estimated_completion_time: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """From the rate of the newest steps."""
+    update_time: str = Field(json_schema_extra={"format": "date-time"})
+    """When rank 0 was heard last."""
+
+
+class MetricValue(StatusModel):
+    """One number of an evaluation."""
+
+    name: str = Field(max_length=64)
+    """Name of the metric."""
+    value: str = Field(max_length=32)
+    """Its value; text, so that it reads the same everywhere."""
+
+
+class JobEvaluation(StatusModel):
+    """The newest evaluation."""
+
+    step: int = Field(ge=0)
+    """Optimizer steps done when it was made."""
+    metrics: list[MetricValue] = Field(default_factory=list, max_length=32, json_schema_extra={"x-list-key": "name"})
+    """What was measured."""
+
+
+class JobCheckpoint(StatusModel):
+    """The newest committed checkpoint."""
+
+    step: int = Field(ge=0)
+    """Optimizer steps done when it was taken."""
+    commit_time: str = Field(json_schema_extra={"format": "date-time"})
+    """When it was committed."""
+    bytes: int = Field(ge=0)
+    """Size of all its objects."""
+    uri: str = Field(max_length=2048)
+    """Where it is."""
+
+
+class RestartReason(StatusModel):
+    """Restarts for one reason."""
+
+    reason: str = Field(max_length=64)
+    """Why."""
+    count: int = Field(ge=0)
+    """How many in all."""
+
+
+class Restarts(StatusModel):
+    """How often the gang was started again."""
+
+    total: int = Field(default=0, ge=0)
+    """How often in all."""
+    used: int = Field(default=0, ge=0)
+    """How many of recovery.maxRestarts are used in the present window."""
+    window_start: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """When the present window began."""
+    by_reason: list[RestartReason] = Field(
+        default_factory=list, max_length=32, json_schema_extra={"x-list-key": "reason"}
+    )
+    """How often for each reason."""
+
+
+class Attempt(StatusModel):
+    """One ended incarnation of the gang, and why it ended."""
+
+    generation: int = Field(ge=0)
+    """Which."""
+    start_time: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """When its members were committed; absent when it never was complete."""
+    end_time: str = Field(json_schema_extra={"format": "date-time"})
+    """When the operator ended it."""
+    reason: str = Field(max_length=64)
+    """Why, in one word."""
+    message: str = Field(default="", max_length=2048)
+    """Why, in a sentence."""
+    pod: str | None = Field(default=None, max_length=253)
+    """The pod that was the cause."""
+    node: str | None = Field(default=None, max_length=253)
+    """The node it was on."""
+    rank: int | None = None
+    """The global rank that was the cause."""
+    exit_code: int | None = None
+    """How it ended."""
+    signal: int | None = None
+    """How it ended."""
+
+
+class ModelResult(StatusModel):
+    """The result."""
+
+    uri: str = Field(max_length=2048)
+    """A directory in Hugging Face layout."""
+
+
+class JobStatus(StatusModel):
+    """What is, as far as the operator knows."""
+
+    observed_generation: int | None = None
+    """The version of spec that the rest was said of."""
+    phase: JobPhase | None = None
+    """One word for people."""
+    conditions: list[Condition] = Field(default_factory=list, max_length=16, json_schema_extra={"x-list-key": "type"})
+    """The state, aspect by aspect."""
+    start_time: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """When the first incarnation of the gang started."""
+    completion_time: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """When the job ended, either way."""
+    gang: Gang | None = None
+    """The newest incarnation of the gang."""
+    progress: JobProgress | None = None
+    """How far training is."""
+    evaluation: JobEvaluation | None = None
+    """The newest evaluation."""
+    checkpoint: JobCheckpoint | None = None
+    """The newest committed checkpoint."""
+    restarts: Restarts | None = None
+    """How often the gang was started again."""
+    attempts: list[Attempt] = Field(default_factory=list, max_length=10)
+    """The newest ended incarnations of the gang."""
+    model: ModelResult | None = None
+    """The result."""

@@ -1,0 +1,1 @@
+"""What agents talk to: reports in, orders out, over TLS."""

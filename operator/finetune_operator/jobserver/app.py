@@ -1,0 +1,105 @@
+"""The job server: ``POST /v1/report`` takes a report and answers with the order, ``GET /v1/order`` waits for another order.
+
+A pod may speak for itself only: the token names its uid, and report and query must name the same. Orders are made from committed status
+(``plan.orders``) as the cache knows it; a waiting request is answered as soon as its job's status changes.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+
+from aiohttp import web
+
+from finetune_api.contract import ORDER_PATH, ORDER_POLL_SECONDS, REPORT_BYTES_LIMIT, REPORT_PATH
+from finetune_api.job import parse_job
+from finetune_api.protocol import SERVED_VERSIONS, Action, Order, Report, from_wire, to_wire
+from finetune_operator.cache import Cache, JobKey
+from finetune_operator.jobserver.auth import Caller, TokenVerifier, Unauthorized
+from finetune_operator.jobserver.reports import Reports
+from finetune_operator.kube.errors import KubeError
+from finetune_operator.plan.orders import order_for
+from finetune_operator.views import PodView
+
+logger = logging.getLogger(__name__)
+
+
+class JobServer:
+    """Answers agents. ``on_news`` is called with the key of a job of which an agent has told something new."""
+
+    def __init__(
+        self, *, cache: Cache, reports: Reports, verifier: TokenVerifier, on_news: Callable[[JobKey], None]
+    ) -> None:
+        self._cache, self._reports, self._verifier, self._on_news = cache, reports, verifier, on_news
+        self._changed: dict[JobKey, asyncio.Event] = {}
+
+    def app(self) -> web.Application:
+        """Return the web application."""
+        app = web.Application(client_max_size=REPORT_BYTES_LIMIT)
+        app.add_routes([web.post(REPORT_PATH, self._post_report), web.get(ORDER_PATH, self._get_order)])
+        return app
+
+    def job_changed(self, key: JobKey) -> None:
+        """Answer the requests that wait for another order of this job."""
+        event = self._changed.pop(key, None)
+        if event is not None:
+            event.set()
+
+    async def _post_report(self, request: web.Request) -> web.Response:
+        caller = await self._caller(request)
+        try:
+            report = from_wire(Report, json.loads(await request.read()))
+        except ValueError as error:
+            raise _refusal(web.HTTPBadRequest, f"not a report: {error}") from error
+        if report.protocol not in SERVED_VERSIONS:
+            raise _refusal(web.HTTPBadRequest, f"protocol {report.protocol} is not served; served: {SERVED_VERSIONS}")
+        pod = self._own_pod(caller, report.pod_uid)
+        key = JobKey((pod.namespace, pod.job))
+        if self._reports.hear(report):
+            self._on_news(key)
+        return web.json_response(to_wire(self._order(key, pod)))
+
+    async def _get_order(self, request: web.Request) -> web.Response:
+        caller = await self._caller(request)
+        pod = self._own_pod(caller, request.query.get("pod_uid", ""))
+        key = JobKey((pod.namespace, pod.job))
+        known = (request.query.get("known_action"), request.query.get("known_generation"))
+        loop = asyncio.get_running_loop()
+        until = loop.time() + ORDER_POLL_SECONDS
+        while True:
+            order = self._order(key, pod)
+            left = until - loop.time()
+            if (order.action.value, str(order.generation)) != known or left <= 0:
+                return web.json_response(to_wire(order))
+            event = self._changed.setdefault(key, asyncio.Event())
+            try:
+                await asyncio.wait_for(event.wait(), left)
+            except TimeoutError:
+                continue
+
+    def _order(self, key: JobKey, pod: PodView) -> Order:
+        body = self._cache.job(key)
+        if body is None or body["metadata"]["uid"] != pod.job_uid:
+            return Order(action=Action.WAIT)  # its job is gone, and the garbage collector is on its way
+        return order_for(parse_job(body), pod.uid)
+
+    async def _caller(self, request: web.Request) -> Caller:
+        try:
+            return await self._verifier.verify(request.headers.get("Authorization"))
+        except Unauthorized as error:
+            raise _refusal(web.HTTPUnauthorized, str(error)) from error
+        except KubeError as error:
+            logger.warning("the cluster's token keys cannot be read: %s", error)
+            raise _refusal(web.HTTPServiceUnavailable, "the cluster's token keys cannot be read now") from error
+
+    def _own_pod(self, caller: Caller, claimed_uid: str) -> PodView:
+        if claimed_uid != caller.pod_uid:
+            raise _refusal(web.HTTPForbidden, "a pod may speak for itself only")
+        pod = self._cache.pod(caller.pod_uid)
+        if pod is None:
+            raise _refusal(web.HTTPNotFound, "this pod is not known (yet) as one of a job's")
+        return pod
+
+
+def _refusal(kind: type[web.HTTPException], why: str) -> web.HTTPException:
+    return kind(text=json.dumps({"error": why}), content_type="application/json")

@@ -1,0 +1,86 @@
+"""Who is asking: a projected service account token with our audience, verified against the cluster's published keys.
+
+No TokenReview: it is cluster-scoped and costs the API server a write for each check. What a signature cannot say, that the pod still
+exists, is known from the cache: the token names the pod's uid, which is never given twice.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+
+from finetune_api.contract import TOKEN_AUDIENCE
+from finetune_operator.kube.api import KubeApi
+
+JWKS_PATH = "/openid/v1/jwks"
+DISCOVERY_PATH = "/.well-known/openid-configuration"
+ALGORITHMS = ["RS256", "ES256"]
+REFRESH_SECONDS = 10.0  # unknown key ids cause no more than one fetch in this time
+
+
+class Unauthorized(Exception):
+    """The request carries no token that we accept. The message says why, and never quotes the token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The pod that a token was made for."""
+
+    namespace: str
+    pod_name: str
+    pod_uid: str
+
+
+class TokenVerifier:
+    """Verifies tokens without asking the API server, but for its keys."""
+
+    def __init__(self, api: KubeApi) -> None:
+        self._api = api
+        self._keys: dict[str, jwt.PyJWK] = {}
+        self._issuer = ""
+        self._fetched_at = float("-inf")
+        self._lock = asyncio.Lock()
+
+    async def verify(self, authorization: str | None) -> Caller:
+        """Return whose token an ``Authorization`` header carries.
+
+        Raises:
+            Unauthorized: there is none, or it is forged, expired, or made for somebody else.
+        """
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthorized("a bearer token is required")
+        try:
+            key = await self._key(jwt.get_unverified_header(token).get("kid", ""))
+            claims = jwt.decode(
+                token,
+                key=key.key,
+                algorithms=ALGORITHMS,
+                audience=TOKEN_AUDIENCE,
+                issuer=self._issuer,
+                options={"require": ["exp", "iss", "aud"]},
+            )
+        except jwt.PyJWTError as error:
+            raise Unauthorized(f"the token is not accepted: {error}") from error
+        return _caller(claims)
+
+    async def _key(self, kid: str) -> jwt.PyJWK:
+        async with self._lock:
+            now = asyncio.get_running_loop().time()
+            if kid not in self._keys and now - self._fetched_at >= REFRESH_SECONDS:
+                self._fetched_at = now
+                keys = jwt.PyJWKSet.from_dict(await self._api.read(JWKS_PATH)).keys
+                self._keys = {key.key_id or "": key for key in keys}
+                self._issuer = (await self._api.read(DISCOVERY_PATH))["issuer"]
+        if kid not in self._keys:
+            raise Unauthorized("the token is signed by no key of this cluster")
+        return self._keys[kid]
+
+
+def _caller(claims: dict[str, Any]) -> Caller:
+    bound = claims.get("kubernetes.io", {})
+    pod = bound.get("pod", {})
+    if not pod.get("uid") or not bound.get("namespace"):
+        raise Unauthorized("the token is bound to no pod")
+    return Caller(namespace=bound["namespace"], pod_name=pod.get("name", ""), pod_uid=pod["uid"])

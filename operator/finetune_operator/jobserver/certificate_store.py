@@ -1,0 +1,53 @@
+"""Where the job server's certificates are kept: one Secret in the operator's own namespace."""
+
+import base64
+import ssl
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+from finetune_operator.jobserver.tls import Certificates, make_certificates, renewed
+from finetune_operator.kube.api import SECRETS, KubeApi
+from finetune_operator.kube.errors import Conflict, NotFound
+from finetune_operator.kube_object import KubeObject
+from finetune_operator.settings import Settings
+
+
+async def load_certificates(api: KubeApi, settings: Settings, now: datetime) -> Certificates:
+    """Return the certificates of this installation; the first operator ever to ask makes them."""
+    name, namespace = f"{settings.service}-job-server", settings.namespace
+    try:
+        secret = await api.get(SECRETS, namespace, name)
+    except NotFound:
+        certificates = make_certificates(settings.job_server_host, now)
+        try:
+            await api.create(SECRETS, namespace, certificates.as_secret(namespace, name))
+        except Conflict:  # another replica was faster: its authority is the one
+            return await load_certificates(api, settings, now)
+        return certificates
+    certificates = _from_secret(secret)
+    fresh = renewed(certificates, settings.job_server_host, now)
+    if fresh is not certificates:
+        body = fresh.as_secret(namespace, name)
+        body["metadata"]["resourceVersion"] = secret["metadata"]["resourceVersion"]
+        await api.replace(SECRETS, namespace, body)
+    return fresh
+
+
+def server_context(certificates: Certificates) -> ssl.SSLContext:
+    """Return the TLS context of the server."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    with tempfile.TemporaryDirectory() as folder:  # the ssl module reads keys from files only; mode 0700
+        chain, key = Path(folder, "tls.crt"), Path(folder, "tls.key")
+        chain.write_text(certificates.server)
+        key.write_text(certificates.server_key)
+        context.load_cert_chain(chain, key)
+    return context
+
+
+def _from_secret(secret: KubeObject) -> Certificates:
+    data = {key: base64.b64decode(value).decode() for key, value in secret["data"].items()}
+    return Certificates(
+        authority=data["ca.crt"], authority_key=data["ca.key"], server=data["tls.crt"], server_key=data["tls.key"]
+    )

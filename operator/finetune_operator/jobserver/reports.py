@@ -1,0 +1,45 @@
+"""The newest report of each agent, in memory: agents repeat themselves, so an operator that starts anew soon knows it all again."""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from types import MappingProxyType
+
+from finetune_api.protocol import Report
+from finetune_operator.plan.observation import Heard
+
+
+class Reports:
+    """What agents say, by pod uid."""
+
+    def __init__(self, clock: Callable[[], datetime]) -> None:
+        self._clock = clock
+        self._heard: dict[str, Heard] = {}
+
+    @property
+    def heard(self) -> Mapping[str, Heard]:
+        """All newest reports."""
+        return MappingProxyType(self._heard)
+
+    def hear(self, report: Report) -> bool:
+        """Take a report in, and tell whether it is news for a decision or for status."""
+        known = self._heard.get(report.pod_uid)
+        if known is None or _outcome(known.report) != _outcome(report):
+            self._heard[report.pod_uid] = Heard(report=report, since=self._clock())
+            return True
+        self._heard[report.pod_uid] = Heard(report=report, since=known.since)
+        return _telling(known.report) != _telling(report)
+
+    def keep_only(self, pod_uids: set[str]) -> None:
+        """Forget all pods but these."""
+        for uid in self._heard.keys() - pod_uids:
+            del self._heard[uid]
+
+
+def _outcome(report: Report) -> object:
+    return report.instance, report.generation, report.state, tuple(report.exits)
+
+
+def _telling(report: Report) -> object:
+    """What status shows; the step of a heartbeat is not, only its phase."""
+    phase = report.heartbeat.phase if report.heartbeat else None
+    return report.progress, report.evaluation, report.checkpoint, report.model, phase

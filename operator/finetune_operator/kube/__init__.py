@@ -1,0 +1,1 @@
+"""The Kubernetes API, as small as this operator needs it."""

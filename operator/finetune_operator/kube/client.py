@@ -1,0 +1,170 @@
+"""``KubeApi`` over the official client's connection handling (configuration, login, TLS), without its models.
+
+Retries are by verb: reads are repeated after 429, 5xx and lost connections; writes only after 429, because a write without an answer
+may have been done, and reconcile finds out by looking. ``Retry-After`` is honoured. A token bucket keeps one operator from flooding
+the API server.
+"""
+
+import asyncio
+import json
+import random
+from collections.abc import Mapping
+from typing import Any, Self
+
+import aiohttp
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
+
+from finetune_operator.kube.api import Resource
+from finetune_operator.kube.errors import KubeError, TooMany, Unavailable, error_for
+from finetune_operator.kube_object import KubeObject
+
+FIELD_MANAGER = "finetune-operator"
+PAGE_SIZE = 500
+REQUEST_SECONDS = 30
+ATTEMPTS = 4
+REQUESTS_PER_SECOND = 200.0
+BURST = 400
+
+
+class TokenBucket:
+    """Lets ``rate`` callers a second through, after a first ``burst``."""
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self._rate, self._burst = rate, float(burst)
+        self._tokens, self._at = float(burst), 0.0
+
+    async def take(self) -> None:
+        """Wait for a token."""
+        now = asyncio.get_running_loop().time()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        self._tokens -= 1.0
+        if self._tokens < 0:
+            await asyncio.sleep(-self._tokens / self._rate)
+
+
+class KubeClient:
+    """``KubeApi`` against a real API server."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self._client = client
+        self._bucket = TokenBucket(REQUESTS_PER_SECOND, BURST)
+
+    @classmethod
+    async def connect(cls) -> Self:
+        """Log in as the pod's service account, else as the kubeconfig says."""
+        configuration = Configuration()
+        try:
+            load_incluster_config(client_configuration=configuration)
+        except ConfigException:
+            await load_kube_config(client_configuration=configuration)
+        configuration.connection_pool_maxsize = 64
+        return cls(ApiClient(configuration))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.close()
+
+    async def get(self, resource: Resource, namespace: str, name: str) -> KubeObject:
+        """Return one object."""
+        return await self._request("GET", resource.path(namespace, name))
+
+    async def list(
+        self, resource: Resource, namespace: str | None = None, *, label_selector: str | None = None
+    ) -> list[KubeObject]:
+        """Return all objects, page by page."""
+        items: list[KubeObject] = []
+        query = {"limit": str(PAGE_SIZE)} | ({"labelSelector": label_selector} if label_selector else {})
+        while True:
+            page = await self._request("GET", resource.path(namespace), query=query)
+            items += page["items"]
+            if not page["metadata"].get("continue"):
+                return items
+            query["continue"] = page["metadata"]["continue"]
+
+    async def create(self, resource: Resource, namespace: str | None, body: KubeObject) -> KubeObject:
+        """Create one object; ``Conflict`` when its name is taken."""
+        return await self._request("POST", resource.path(namespace), query={"fieldManager": FIELD_MANAGER}, body=body)
+
+    async def apply(self, resource: Resource, namespace: str, body: KubeObject) -> KubeObject:
+        """Server-side apply as our field manager."""
+        path = resource.path(namespace, body["metadata"]["name"])
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        return await self._request("PATCH", path, query=query, body=body, content_type="application/apply-patch+yaml")
+
+    async def replace(self, resource: Resource, namespace: str, body: KubeObject) -> KubeObject:
+        """Replace one object; ``Conflict`` when it is not at the body's resource version any more."""
+        path = resource.path(namespace, body["metadata"]["name"])
+        return await self._request("PUT", path, query={"fieldManager": FIELD_MANAGER}, body=body)
+
+    async def patch_status(
+        self, resource: Resource, namespace: str, name: str, *, resource_version: str, status: Mapping[str, Any]
+    ) -> KubeObject:
+        """Merge ``status``; ``Conflict`` when the object is not at ``resource_version`` any more."""
+        return await self._request(
+            "PATCH",
+            resource.path(namespace, name, "status"),
+            query={"fieldManager": FIELD_MANAGER},
+            body={"metadata": {"resourceVersion": resource_version}, "status": status},
+            content_type="application/merge-patch+json",
+        )
+
+    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
+        """Delete one object if it still is the one with ``uid``; ``Conflict`` when it is another."""
+        await self._request("DELETE", resource.path(namespace, name), body={"preconditions": {"uid": uid}})
+
+    async def read(self, path: str) -> KubeObject:
+        """Return the JSON document at a path that is no resource, such as ``/openid/v1/jwks``."""
+        return await self._request("GET", path)
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: KubeObject | None = None,
+        content_type: str = "application/json",
+    ) -> KubeObject:
+        for attempt in range(1, ATTEMPTS + 1):
+            await self._bucket.take()
+            try:
+                return await self._once(method, path, query or {}, body, content_type)
+            except (TooMany, Unavailable) as error:
+                repeatable = isinstance(error, TooMany) or method == "GET"
+                if attempt == ATTEMPTS or not repeatable:
+                    raise
+                await asyncio.sleep(error.retry_after or random.uniform(0.5, 1.0) * 0.2 * 2**attempt)  # noqa: S311
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _once(
+        self, method: str, path: str, query: Mapping[str, str], body: KubeObject | None, content_type: str
+    ) -> KubeObject:
+        request = await self._client.param_serialize(
+            method,
+            path,
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json", "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        try:
+            response = await self._client.call_api(*request, _request_timeout=REQUEST_SECONDS)
+            raw = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unavailable(f"{method} {path}: {error or type(error).__name__}") from error
+        if response.status < 300:
+            answer: KubeObject = json.loads(raw)
+            return answer
+        raise _error(method, path, response.status, raw, response.headers.get("Retry-After"))
+
+
+def _error(method: str, path: str, status: int, raw: bytes, retry_after: str | None) -> KubeError:
+    try:
+        said = json.loads(raw).get("message", "")
+    except (ValueError, AttributeError):
+        said = raw[:300].decode("utf-8", "replace")
+    seconds = float(retry_after) if retry_after and retry_after.isdigit() else None
+    return error_for(status, f"{method} {path}: {status} {said}", seconds)

@@ -1,0 +1,59 @@
+"""Phase and conditions: the same facts said for people and for programs.
+
+``Ready``, ``Reconciling`` and ``Stalled`` mean what kstatus says they mean: Reconciling while the operator still has to bring something
+about, Stalled when it cannot without somebody else's doing, Ready when what the spec asks for is so. All six conditions are always
+there, each with a reason and a message.
+"""
+
+from dataclasses import dataclass
+
+from finetune_api.status import Condition, ConditionType, JobPhase, JobStatus
+from finetune_operator.plan.observation import Observation, timestamp
+
+_MESSAGE_LIMIT = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """Where a job is: one phase, one reason, one message, and whether somebody else must act."""
+
+    phase: JobPhase
+    reason: str
+    message: str
+    stalled: bool = False
+
+
+def with_conditions(observed: Observation, status: JobStatus, situation: Situation) -> JobStatus:
+    """Return ``status`` with the phase and all conditions of ``situation``."""
+    phase = situation.phase
+    done, failed = phase == JobPhase.SUCCEEDED, phase == JobPhase.FAILED
+    suspended = phase == JobPhase.SUSPENDED
+    stalled = situation.stalled or failed
+    ready = done or suspended or (phase == JobPhase.RUNNING and not stalled)
+    holds = {
+        ConditionType.READY: ready,
+        ConditionType.RECONCILING: not (ready or stalled),
+        ConditionType.STALLED: stalled,
+        ConditionType.SUSPENDED: suspended,
+        ConditionType.COMPLETE: done,
+        ConditionType.FAILED: failed,
+    }
+    known = {condition.type: condition for condition in status.conditions}
+    conditions = [_condition(observed, known.get(kind), kind, situation, holds=value) for kind, value in holds.items()]
+    generation = observed.job.metadata.generation
+    return status.model_copy(update={"phase": phase, "conditions": conditions, "observed_generation": generation})
+
+
+def _condition(
+    observed: Observation, known: Condition | None, kind: ConditionType, situation: Situation, *, holds: bool
+) -> Condition:
+    value = "True" if holds else "False"
+    changed = known is None or known.status != value
+    return Condition(
+        type=kind,
+        status=value,
+        reason=situation.reason,
+        message=situation.message[:_MESSAGE_LIMIT],
+        last_transition_time=timestamp(observed.now) if changed or known is None else known.last_transition_time,
+        observed_generation=observed.job.metadata.generation,
+    )

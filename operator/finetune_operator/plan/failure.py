@@ -1,0 +1,188 @@
+"""Why a gang failed: what is known of its members becomes failures, and one of them is the cause.
+
+When a rank dies its peers fail within milliseconds on broken collectives, and an echo may well be heard before its cause. So causes
+are ranked by class first (``FailureClass`` is ordered, strongest last), and a weak one is believed only after the others had a moment to
+report (``SETTLE_SECONDS``).
+"""
+
+import signal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import IntEnum
+
+from finetune_api.contract import TRAINER_CONTAINER, ExitCode
+from finetune_api.protocol import AgentState, Exit, Report
+from finetune_api.status import Gang, Member
+from finetune_operator.plan.observation import Heard, Observation
+from finetune_operator.views import PodView
+
+SETTLE_SECONDS = 1.0
+
+
+class FailureClass(IntEnum):
+    """How telling a failure is of its cause, weakest first."""
+
+    ERROR = 1  # a Python error: the cause, or the echo of a peer's death
+    SIGNAL = 2
+    KNOWN = 3  # the trainer said why
+    POD = 4  # the pod went away
+    MEMORY = 5
+    TERMINAL = 6  # starting again cannot help
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One member's failure, as users will read it in ``status.attempts``."""
+
+    failure_class: FailureClass
+    reason: str
+    message: str
+    pod: str
+    heard_at: datetime
+    node: str = ""
+    rank: int | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+
+
+_BY_EXIT_CODE: dict[int, tuple[FailureClass, str]] = {
+    ExitCode.BAD_DATA: (FailureClass.TERMINAL, "BadData"),
+    ExitCode.BAD_CONFIG: (FailureClass.TERMINAL, "BadConfig"),
+    ExitCode.NO_PERMISSION: (FailureClass.TERMINAL, "NoPermission"),
+    ExitCode.STORAGE_UNAVAILABLE: (FailureClass.KNOWN, "StorageUnavailable"),
+    ExitCode.WRONG_WORLD: (FailureClass.KNOWN, "WrongWorldSize"),
+    ExitCode.STALE: (FailureClass.KNOWN, "Stale"),
+    ExitCode.SAVED: (FailureClass.KNOWN, "Preempted"),
+    ExitCode.NUMERIC: (FailureClass.KNOWN, "NumericFailure"),
+}
+
+
+def find_cause(observed: Observation, gang: Gang) -> tuple[Failure | None, float | None]:
+    """Return the failure that ended the gang, or None and, when one may be about to show, in how many seconds to look again."""
+    failures = list(gang_failures(observed, gang))
+    if not failures:
+        return None, None
+    cause = max(failures, key=lambda failure: (failure.failure_class, -failure.heard_at.timestamp()))
+    unsettled = len(failures) < gang.nodes and cause.failure_class <= FailureClass.SIGNAL
+    first_heard = min(failure.heard_at for failure in failures)
+    remaining = (first_heard + timedelta(seconds=SETTLE_SECONDS) - observed.now).total_seconds()
+    if unsettled and remaining > 0:
+        return None, remaining
+    return cause, None
+
+
+def gang_failures(observed: Observation, gang: Gang) -> Iterable[Failure]:
+    """Return the failure of each member that has one."""
+    for member in gang.members:
+        failure = _member_failure(observed, gang, member)
+        if failure is not None:
+            yield failure
+
+
+def _member_failure(observed: Observation, gang: Gang, member: Member) -> Failure | None:
+    pod, heard = observed.pod(member.uid), observed.heard.get(member.uid)
+    said = heard.report if heard and heard.report.generation == gang.generation else None
+    if said and said.state == AgentState.SUCCEEDED:
+        return None
+    killed = _out_of_memory(observed, pod)
+    if killed is not None and (said is None or said.state == AgentState.FAILED):
+        return killed
+    if heard and said and said.state in (AgentState.FAILED, AgentState.STOPPED):
+        return _reported(pod, member, heard, said)
+    return _lost_pod(observed, pod, member)
+
+
+def _out_of_memory(observed: Observation, pod: PodView | None) -> Failure | None:
+    for container in pod.containers if pod else ():
+        if container.name == TRAINER_CONTAINER and "OOMKilled" in (container.exit_reason, container.last_exit_reason):
+            assert pod is not None
+            return Failure(
+                failure_class=FailureClass.MEMORY,
+                reason="OutOfMemory",
+                message=f"pod {pod.name} was killed at its memory limit; raise workers.resources.memory",
+                pod=pod.name,
+                node=pod.node,
+                heard_at=observed.now,
+                exit_code=container.exit_code or container.last_exit_code,
+            )
+    return None
+
+
+def _reported(pod: PodView | None, member: Member, heard: Heard, said: Report) -> Failure:
+    ends = [end for end in said.exits if end.generation == said.generation]
+    failures = [_from_exit(pod, member, heard, end) for end in ends if end.exit_code != 0]
+    if not failures:
+        return Failure(
+            failure_class=FailureClass.ERROR,
+            reason="WorkerFailed",
+            message=f"the agent of pod {member.pod} reports {said.state.value} and no reason",
+            pod=member.pod,
+            node=pod.node if pod else "",
+            heard_at=heard.since,
+        )
+    return max(failures, key=lambda failure: failure.failure_class)
+
+
+def _from_exit(pod: PodView | None, member: Member, heard: Heard, end: Exit) -> Failure:
+    if end.signal is not None:
+        failure_class, reason = FailureClass.SIGNAL, "WorkerKilled"
+        how = f"by signal {_signal_name(end.signal)}"
+    else:
+        failure_class, reason = _BY_EXIT_CODE.get(end.exit_code or 0, (FailureClass.ERROR, "WorkerFailed"))
+        how = f"with exit code {end.exit_code}"
+    who = f"rank {end.rank}" if end.rank >= 0 else "the launcher"
+    message = end.message if failure_class >= FailureClass.KNOWN and end.message else f"{who} ended {how}"
+    if end.message and message != end.message:
+        message += f": {end.message}"
+    return Failure(
+        failure_class=failure_class,
+        reason=reason,
+        message=message,
+        pod=member.pod,
+        node=pod.node if pod else "",
+        heard_at=heard.since,
+        rank=end.rank if end.rank >= 0 else None,
+        exit_code=end.exit_code,
+        signal=end.signal,
+    )
+
+
+def lost_before_start(observed: Observation, gang: Gang, chosen: Mapping[int, PodView]) -> Failure | None:
+    """Return the failure of a pod made for this very generation that died before the gang was complete.
+
+    Its name is taken for as long as it exists, so its replacement needs the next generation.
+    """
+    for pod in observed.pods:
+        if not pod.usable and pod.generation == gang.generation and pod.rank not in chosen:
+            return _lost_pod(observed, pod, Member(rank=pod.rank, pod=pod.name, uid=pod.uid))
+    return None
+
+
+def _lost_pod(observed: Observation, pod: PodView | None, member: Member) -> Failure | None:
+    if pod is not None and pod.usable:
+        return None
+    reason, message = "PodDeleted", f"pod {member.pod} (rank {member.rank}) was deleted"
+    if pod is not None and pod.disruption:
+        reason, message = "Preempted", f"pod {pod.name} (rank {member.rank}) was disrupted: {pod.disruption}"
+    elif pod is not None and pod.ended and not pod.deleting:
+        said = next((c.exit_message for c in pod.containers if c.exit_message), pod.message)
+        reason, message = (
+            "PodFailed",
+            f"pod {pod.name} (rank {member.rank}) ended: {pod.reason or pod.phase} {said}".strip(),
+        )
+    return Failure(
+        failure_class=FailureClass.POD,
+        reason=reason,
+        message=message,
+        pod=member.pod,
+        node=pod.node if pod else "",
+        heard_at=observed.now,
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

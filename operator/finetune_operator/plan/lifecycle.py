@@ -1,0 +1,203 @@
+"""The life of a job: what follows from all that is known of it, from its first pod to its last."""
+
+from datetime import timedelta
+
+from finetune_api.contract import ExitCode
+from finetune_api.protocol import AgentState, Phase
+from finetune_api.status import Gang, JobPhase, JobStatus
+from finetune_operator.plan.conditions import Situation, with_conditions
+from finetune_operator.plan.failure import Failure, FailureClass, find_cause, lost_before_start
+from finetune_operator.plan.gang import (
+    backoff_seconds,
+    choose_pods,
+    missing_pods,
+    next_generation,
+    restarts_left,
+    surplus_pods,
+    with_attempt,
+    with_members,
+    with_restart,
+)
+from finetune_operator.plan.observation import Observation, Plan, instant, is_final, timestamp, unset_gang
+from finetune_operator.plan.pending import is_blocked, waiting_for
+from finetune_operator.plan.progress import fold_reports
+
+
+def plan_job(observed: Observation) -> Plan:
+    """Return what to do about a job now."""
+    status = observed.status
+    if observed.job.metadata.deletion_timestamp is not None:
+        return Plan(status)  # its children go with it, by owner references
+    if is_final(status):
+        return _plan_finished(observed)
+    if status.gang is None and observed.problem is not None:
+        situation = Situation(JobPhase.PENDING, observed.problem.reason, observed.problem.message, stalled=True)
+        return Plan(with_conditions(observed, status, situation))
+    if _deadline_passed(observed):
+        return _plan_deadline(observed)
+    workers = observed.job.spec.workers
+    gang = status.gang or unset_gang(workers.nodes, workers.local_processes, 1)
+    if observed.job.spec.suspend:
+        return _plan_suspended(observed, gang)
+    return _plan_members(observed, gang) if gang.members else _plan_assembly(observed, status, gang)
+
+
+def _plan_members(observed: Observation, gang: Gang) -> Plan:
+    """The gang has its members: follow them until all have succeeded or one has failed."""
+    status = fold_reports(observed, gang, observed.status)
+    states = _states(observed, gang)
+    if all(state == AgentState.SUCCEEDED for state in states):
+        return _plan_end(observed, status, gang, Situation(JobPhase.SUCCEEDED, "Succeeded", _success_message(status)))
+    failure, look_again = find_cause(observed, gang)
+    if failure is not None:
+        return _plan_failure(observed, status, gang, failure)
+    ready = sum(state in (AgentState.RUNNING, AgentState.SUCCEEDED) for state in states)
+    status = status.model_copy(update={"gang": gang.model_copy(update={"ready": ready})})
+    status = with_conditions(observed, status, _running_situation(observed, gang, ready))
+    return Plan(status, look_again_seconds=_soonest(look_again, _deadline_seconds(observed)))
+
+
+def _plan_failure(observed: Observation, status: JobStatus, gang: Gang, failure: Failure) -> Plan:
+    status = with_attempt(observed, status, gang, failure)
+    if failure.failure_class == FailureClass.TERMINAL:
+        return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, failure.reason, failure.message))
+    saved_on_request = failure.exit_code == ExitCode.SAVED or failure.reason == "Preempted"
+    if not saved_on_request and restarts_left(observed, status) <= 0:
+        spent = observed.job.spec.recovery.max_restarts
+        message = f"gave up after {spent} restarts (recovery.maxRestarts); last: {failure.reason}: {failure.message}"
+        return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, "RestartsExhausted", message))
+    if not saved_on_request:
+        status = with_restart(observed, status, failure)
+    return _plan_assembly(observed, status, next_generation(observed, gang))
+
+
+def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan:
+    """The gang has no members yet: see that every rank has a pod, and choose them when all agents have reported."""
+    chosen = choose_pods(observed, gang)
+    lost = lost_before_start(observed, gang, chosen)
+    if lost is not None:
+        return _plan_failure(observed, status, gang, lost)
+    complete = with_members(observed, gang, chosen)
+    delay = backoff_seconds(observed, status)
+    if complete is not None and delay <= 0:
+        gang = complete
+        status = status.model_copy(update={"start_time": status.start_time or timestamp(observed.now)})
+        situation = Situation(_starting_phase(gang), "Starting", f"generation {gang.generation} is being started")
+    elif complete is not None:
+        message = f"all pods are ready; waiting {delay:.0f} s after repeated failures"
+        situation = Situation(_starting_phase(gang), "BackingOff", message)
+    else:
+        why = waiting_for(observed, chosen, gang.nodes)
+        phase = JobPhase.PENDING if gang.generation == 1 else JobPhase.RECOVERING
+        situation = Situation(phase, why.reason, why.message, stalled=is_blocked(why))
+    status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
+    return Plan(
+        status,
+        create=missing_pods(gang, chosen),
+        delete=surplus_pods(observed, gang, chosen),
+        look_again_seconds=_soonest(delay or None, _deadline_seconds(observed)),
+    )
+
+
+def _plan_suspended(observed: Observation, gang: Gang) -> Plan:
+    """Pods are deleted first, so that their agents have the workers save; the generation ends when all are gone."""
+    status = fold_reports(observed, gang, observed.status)
+    alive = tuple(pod for pod in observed.pods if not pod.ended)
+    if alive:
+        situation = Situation(JobPhase.SUSPENDED, "Suspending", f"{len(alive)} pods are saving and leaving")
+        if not gang.members and any(pod.generation == gang.generation for pod in alive):
+            gang = next_generation(observed, gang)  # their names are taken for as long as they are leaving
+    else:
+        gang = next_generation(observed, gang) if gang.members else gang
+        situation = Situation(JobPhase.SUSPENDED, "Suspended", "spec.suspend is true; no pod is kept")
+    status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
+    return Plan(status, delete=tuple(pod for pod in alive if not pod.deleting))
+
+
+def _plan_end(observed: Observation, status: JobStatus, gang: Gang, situation: Situation) -> Plan:
+    gang = gang.model_copy(update={"ready": 0})
+    status = status.model_copy(update={"completion_time": timestamp(observed.now), "gang": gang})
+    spec = observed.job.spec
+    return Plan(
+        with_conditions(observed, status, situation),
+        look_again_seconds=_soonest(spec.pod_ttl_seconds_after_finished, spec.ttl_seconds_after_finished),
+    )
+
+
+def _plan_finished(observed: Observation) -> Plan:
+    """A finished job changes no more; its pods and itself go when their time has come."""
+    status, spec = observed.status, observed.job.spec
+    ended = instant(status.completion_time) if status.completion_time else observed.now
+    age = (observed.now - ended).total_seconds()
+    pods_left = _left(spec.pod_ttl_seconds_after_finished, age)
+    job_left = _left(spec.ttl_seconds_after_finished, age)
+    expired = tuple(pod for pod in observed.pods if not pod.deleting) if pods_left == 0 else ()
+    return Plan(
+        status,
+        delete=expired,
+        delete_job=job_left == 0,
+        look_again_seconds=_soonest(pods_left or None, job_left or None),
+    )
+
+
+def _plan_deadline(observed: Observation) -> Plan:
+    status, seconds = observed.status, observed.job.spec.active_deadline_seconds
+    assert status.gang is not None
+    message = f"ran for longer than activeDeadlineSeconds ({seconds} s)"
+    return _plan_end(observed, status, status.gang, Situation(JobPhase.FAILED, "DeadlineExceeded", message))
+
+
+def _deadline_passed(observed: Observation) -> bool:
+    left = _deadline_seconds(observed)
+    return left is not None and left <= 0
+
+
+def _deadline_seconds(observed: Observation) -> float | None:
+    seconds, started = observed.job.spec.active_deadline_seconds, observed.status.start_time
+    if seconds is None or started is None:
+        return None
+    return (instant(started) + timedelta(seconds=seconds) - observed.now).total_seconds()
+
+
+def _states(observed: Observation, gang: Gang) -> list[AgentState]:
+    """Return what each member's agent says of this generation; Idle while it has not started it."""
+    states = []
+    for member in gang.members:
+        heard = observed.heard.get(member.uid)
+        of_this = heard is not None and heard.report.generation == gang.generation
+        states.append(heard.report.state if heard is not None and of_this else AgentState.IDLE)
+    return states
+
+
+def _running_situation(observed: Observation, gang: Gang, ready: int) -> Situation:
+    if ready == gang.nodes and _has_initialized(observed, gang):
+        return Situation(JobPhase.RUNNING, "Running", f"generation {gang.generation} trains on {gang.nodes} nodes")
+    message = f"generation {gang.generation}: {ready} of {gang.nodes} nodes have started"
+    if ready == gang.nodes:
+        message = f"generation {gang.generation}: the workers are initializing"
+    return Situation(_starting_phase(gang), "Starting", message)
+
+
+def _has_initialized(observed: Observation, gang: Gang) -> bool:
+    heard = observed.heard.get(gang.members[0].uid)
+    beat = heard.report.heartbeat if heard else None
+    if beat is None:  # a script need not tell; our trainer does
+        return observed.job.spec.script is not None
+    return beat.phase != Phase.INITIALIZING
+
+
+def _starting_phase(gang: Gang) -> JobPhase:
+    return JobPhase.STARTING if gang.generation == 1 else JobPhase.RECOVERING
+
+
+def _success_message(status: JobStatus) -> str:
+    steps = f"{status.progress.step} steps" if status.progress else "all workers ended with exit code 0"
+    return f"trained {steps}; the model is at {status.model.uri}" if status.model else f"done: {steps}"
+
+
+def _left(seconds: int | None, age: float) -> float | None:
+    return None if seconds is None else max(0.0, seconds - age)
+
+
+def _soonest(*seconds: float | None) -> float | None:
+    return min((s for s in seconds if s is not None), default=None)

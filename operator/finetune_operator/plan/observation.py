@@ -1,0 +1,90 @@
+"""What a decision is made from, and what it looks like."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from finetune_api.job import FineTuneJob
+from finetune_api.protocol import Report
+from finetune_api.status import Gang, JobStatus
+from finetune_operator.views import PodView
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """The newest report of one agent, and since when it has said the same of the same generation."""
+
+    report: Report
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a job cannot be started as it is written: something that only the operator can see."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Everything that is known of one job at one instant.
+
+    ``heard`` is by pod uid, and holds only what this operator process has heard itself. ``problem`` is what is wrong with the spec,
+    ``obstacle`` what the API server said when a pod could not be created.
+    """
+
+    job: FineTuneJob
+    pods: tuple[PodView, ...]
+    heard: Mapping[str, Heard]
+    problem: Problem | None
+    now: datetime
+    obstacle: Problem | None = None
+
+    @property
+    def status(self) -> JobStatus:
+        """The status as it stands in the API server."""
+        return self.job.status or JobStatus()
+
+    def pod(self, uid: str) -> PodView | None:
+        """Return the pod with this uid, if it exists."""
+        return next((pod for pod in self.pods if pod.uid == uid), None)
+
+
+@dataclass(frozen=True, slots=True)
+class NewPod:
+    """A pod to create: its place, and the generation that it is created for (which is part of its name)."""
+
+    rank: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do, in the order in which a crash between any two steps is harmless: status, then pods, then orders."""
+
+    status: JobStatus
+    create: tuple[NewPod, ...] = ()
+    delete: tuple[PodView, ...] = ()
+    delete_job: bool = False
+    look_again_seconds: float | None = None
+
+
+def is_final(status: JobStatus) -> bool:
+    """Tell whether the job has ended, either way. It never comes back."""
+    return any(c.type in ("Complete", "Failed") and c.status == "True" for c in status.conditions)
+
+
+def unset_gang(nodes: int, processes_per_node: int, generation: int) -> Gang:
+    """Return a gang that is minted, and whose members are not chosen yet."""
+    return Gang(generation=generation, nodes=nodes, processes_per_node=processes_per_node)
+
+
+def timestamp(at: datetime) -> str:
+    """Return an instant as Kubernetes writes it: RFC 3339, UTC, whole seconds."""
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def instant(text: str) -> datetime:
+    """Return the instant that a timestamp of Kubernetes names."""
+    return datetime.fromisoformat(text)

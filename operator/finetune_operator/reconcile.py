@@ -1,0 +1,158 @@
+"""Bring one job from what is to what should be: observe, plan, carry out.
+
+The order makes a crash between any two steps harmless: status first (it mints generations and is the record), then pods, and orders last,
+which the job server derives from the status that the API server has acknowledged. All of it is repeated until nothing is left to do.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from datetime import datetime
+
+from pydantic import ValidationError
+
+from finetune_api.job import FineTuneJob, parse_job
+from finetune_operator.cache import Cache, JobKey
+from finetune_operator.jobserver.reports import Reports
+from finetune_operator.kube.api import CONFIG_MAPS, JOBS, NETWORK_POLICIES, PODS, KubeApi
+from finetune_operator.kube.errors import Conflict, Forbidden, Invalid, NotFound
+from finetune_operator.plan.admission import find_problem
+from finetune_operator.plan.lifecycle import plan_job
+from finetune_operator.plan.observation import NewPod, Observation, Problem
+from finetune_operator.render.config import render_config
+from finetune_operator.render.network import render_network_policy
+from finetune_operator.render.pod import render_pod
+from finetune_operator.settings import Settings
+from finetune_operator.status_writer import StatusWriter
+from finetune_operator.views import PodView
+
+logger = logging.getLogger(__name__)
+
+POD_REQUESTS_AT_ONCE = 16
+OBSTACLE_SECONDS = 15.0  # when to try again to create a pod that the API server refused
+
+
+class Reconciler:
+    """Reconciles jobs, one call a job at a time."""
+
+    def __init__(
+        self,
+        *,
+        api: KubeApi,
+        cache: Cache,
+        reports: Reports,
+        settings: Settings,
+        ca_certificates: str,
+        on_status: Callable[[JobKey], None],
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._api, self._cache, self._reports, self._settings = api, cache, reports, settings
+        self._ca_certificates, self._on_status, self._clock = ca_certificates, on_status, clock
+        self._status = StatusWriter(api, progress_seconds=settings.progress_seconds)
+        self._furnished: set[str] = set()  # uids of jobs whose ConfigMap and NetworkPolicy this process has applied
+        self._obstacles: dict[str, Problem] = {}
+
+    async def reconcile(self, key: JobKey) -> float | None:
+        """Do what the job needs now, and return in how many seconds to look again, if so.
+
+        Raises:
+            KubeError: a request failed; nothing is lost by trying again.
+        """
+        body = self._cache.job(key)
+        if body is None:
+            return None
+        uid = body["metadata"]["uid"]
+        try:
+            job = parse_job(body)
+        except ValidationError as error:
+            logger.error("%s/%s cannot be read by this version: %s", *key, error)  # noqa: TRY400  no traceback needed
+            return None
+        observed = self._observe(job)
+        plan = plan_job(observed)
+        again = await self._status.write(job, plan.status, self._clock(), on_written=self._take_status)
+        self._obstacles.pop(uid, None)
+        if plan.create:
+            await self._furnish(job)
+            await self._create_pods(job, plan.create)
+        await self._delete_pods(plan.delete)
+        if plan.delete_job:
+            await self._delete_job(job)
+        if uid in self._obstacles and observed.obstacle != self._obstacles[uid]:
+            again = 0.0  # tell it in status now
+        elif uid in self._obstacles:
+            again = OBSTACLE_SECONDS
+        return min((s for s in (again, plan.look_again_seconds) if s is not None), default=None)
+
+    def forget(self, job_uid: str) -> None:
+        """Drop what is remembered of a job that is gone."""
+        self._furnished.discard(job_uid)
+        self._obstacles.pop(job_uid, None)
+        self._status.forget(job_uid)
+
+    def _observe(self, job: FineTuneJob) -> Observation:
+        pods = self._cache.pods_of(job.metadata.uid)
+        heard = self._reports.heard
+        return Observation(
+            job=job,
+            pods=pods,
+            heard={pod.uid: heard[pod.uid] for pod in pods if pod.uid in heard},
+            problem=find_problem(job.spec, self._settings),
+            obstacle=self._obstacles.get(job.metadata.uid),
+            now=self._clock(),
+        )
+
+    def _take_status(self, body: dict[str, object]) -> None:
+        key = self._cache.observe_job(body)
+        self._on_status(key)
+
+    async def _furnish(self, job: FineTuneJob) -> None:
+        """Apply what all pods of the job share, before the first of them."""
+        if job.metadata.uid in self._furnished:
+            return
+        namespace = job.metadata.namespace
+        config = render_config(job, self._settings, self._ca_certificates)
+        await self._api.apply(CONFIG_MAPS, namespace, config)
+        await self._api.apply(NETWORK_POLICIES, namespace, render_network_policy(job, self._settings))
+        self._furnished.add(job.metadata.uid)
+
+    async def _create_pods(self, job: FineTuneJob, places: Sequence[NewPod]) -> None:
+        limit = asyncio.Semaphore(POD_REQUESTS_AT_ONCE)
+
+        async def create(place: NewPod) -> None:
+            async with limit:
+                await self._create_pod(job, place)
+
+        outcomes = await asyncio.gather(*(create(place) for place in places), return_exceptions=True)
+        for outcome in outcomes:  # all have been tried; one error is enough to come back
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _create_pod(self, job: FineTuneJob, place: NewPod) -> None:
+        body = render_pod(job, place, self._settings)
+        namespace, name = job.metadata.namespace, body["metadata"]["name"]
+        try:
+            self._cache.observe_pod(await self._api.create(PODS, namespace, body))
+        except Conflict:
+            # Made by a process that died before it saw the answer, or not by us at all: the owner's uid tells.
+            existing = await self._api.get(PODS, namespace, name)
+            self._cache.observe_pod(existing)
+            owners = [owner["uid"] for owner in existing["metadata"].get("ownerReferences", ())]
+            if job.metadata.uid not in owners:
+                message = f"pod {name} exists and is not this job's; delete it"
+                self._obstacles[job.metadata.uid] = Problem("NameTaken", message)
+        except (Forbidden, Invalid) as error:
+            reason = "QuotaExceeded" if "exceeded quota" in str(error) else "PodRefused"
+            self._obstacles[job.metadata.uid] = Problem(reason, f"the API server refuses the pod: {error}")
+
+    async def _delete_pods(self, pods: Sequence[PodView]) -> None:
+        for pod in pods:
+            try:
+                await self._api.delete(PODS, pod.namespace, pod.name, uid=pod.uid)
+            except (NotFound, Conflict):
+                logger.debug("pod %s/%s is gone already", pod.namespace, pod.name)
+
+    async def _delete_job(self, job: FineTuneJob) -> None:
+        try:
+            await self._api.delete(JOBS, job.metadata.namespace, job.metadata.name, uid=job.metadata.uid)
+        except (NotFound, Conflict):
+            logger.debug("job %s/%s is gone already", job.metadata.namespace, job.metadata.name)

@@ -1,0 +1,1 @@
+"""The objects that a job needs, as values made from values."""

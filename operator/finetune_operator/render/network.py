@@ -1,0 +1,62 @@
+"""The NetworkPolicy of a job: its pods talk to one another, to DNS, to the job server and to the store, and to nothing else.
+
+Link-local addresses stay out of reach whatever the store's ranges are: the metadata service of a cloud lives there.
+"""
+
+from urllib.parse import urlsplit
+
+from finetune_api import contract
+from finetune_api.job import FineTuneJob
+from finetune_operator.kube_object import KubeObject
+from finetune_operator.render.names import child_metadata, child_name
+from finetune_operator.settings import Settings
+
+LINK_LOCAL = "169.254.0.0/16"
+OPERATOR_SELECTOR = {"app.kubernetes.io/name": contract.MANAGER}
+
+
+def render_network_policy(job: FineTuneJob, settings: Settings) -> KubeObject:
+    """Return the NetworkPolicy of a job's pods."""
+    own = {"podSelector": {"matchLabels": {contract.JOB_UID_LABEL: job.metadata.uid}}}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": child_metadata(job, child_name(job)),
+        "spec": {
+            **own,
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [own]}],
+            "egress": [
+                {"to": [own]},
+                {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
+                _job_server(settings),
+                *_store(job, settings),
+            ],
+        },
+    }
+
+
+def _job_server(settings: Settings) -> KubeObject:
+    return {
+        "to": [
+            {
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.namespace}},
+                "podSelector": {"matchLabels": OPERATOR_SELECTOR},
+            }
+        ],
+        "ports": [{"protocol": "TCP", "port": settings.job_server_port}],
+    }
+
+
+def _store(job: FineTuneJob, settings: Settings) -> list[KubeObject]:
+    endpoint = job.spec.storage.endpoint if job.spec.storage else None
+    parts = urlsplit(endpoint or "https://s3")
+    ports = {parts.port or (443 if parts.scheme == "https" else 80)}
+    if job.spec.recipe is not None and job.spec.recipe.model.source.startswith("hf://"):
+        ports.add(443)
+    blocks = [{"ipBlock": {"cidr": cidr, **_except(cidr)}} for cidr in settings.storage_cidrs]
+    return [{"to": blocks, "ports": [{"protocol": "TCP", "port": port} for port in sorted(ports)]}]
+
+
+def _except(cidr: str) -> dict[str, list[str]]:
+    return {"except": [LINK_LOCAL]} if cidr == "0.0.0.0/0" else {}

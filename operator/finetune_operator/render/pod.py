@@ -1,0 +1,194 @@
+"""The pods of a gang.
+
+Each passes the Pod Security Standard "restricted", holds no right to the Kubernetes API, and runs the agent as PID 1 of the user's
+image: an init container copies it out of the operator's own image, so any image with Python and PyTorch will do. Images that expect to be
+root find a writable HOME, a user name and cache folders.
+"""
+
+from finetune_api import contract
+from finetune_api.job import FineTuneJob, Resources, Script
+from finetune_api.recipe import Recipe
+from finetune_operator.kube_object import KubeObject
+from finetune_operator.plan.observation import NewPod
+from finetune_operator.render.names import child_metadata, child_name, job_labels, pod_name
+from finetune_operator.render.quantity import total_bytes
+from finetune_operator.settings import Profile, Settings
+
+USER_ID = 65532
+GRACE_SECONDS = 60
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": False, "AWS_SECRET_ACCESS_KEY": False, "AWS_SESSION_TOKEN": True}  # → optional
+RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+INIT_RESOURCES = {"cpu": "100m", "memory": "128Mi"}
+
+
+def render_pod(job: FineTuneJob, place: NewPod, settings: Settings) -> KubeObject:
+    """Return the pod for one place in the gang."""
+    profile = settings.profiles[job.spec.workers.profile]
+    labels = {contract.RANK_LABEL: str(place.rank), contract.GENERATION_LABEL: str(place.generation)}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": child_metadata(job, pod_name(job, place.rank, place.generation), labels),
+        "spec": {
+            "restartPolicy": "OnFailure",
+            "terminationGracePeriodSeconds": GRACE_SECONDS,
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": USER_ID,
+                "runAsGroup": USER_ID,
+                "fsGroup": USER_ID,
+                "fsGroupChangePolicy": "OnRootMismatch",
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "topologySpreadConstraints": [_one_per_node(job)],
+            **_placement(job, profile),
+            "initContainers": [_init_container(settings)],
+            "containers": [_trainer_container(job, profile)],
+            "volumes": _volumes(job, profile),
+        },
+    }
+
+
+def _one_per_node(job: FineTuneJob) -> KubeObject:
+    return {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": {contract.JOB_UID_LABEL: job_labels(job)[contract.JOB_UID_LABEL]}},
+    }
+
+
+def _placement(job: FineTuneJob, profile: Profile) -> KubeObject:
+    placement: KubeObject = {}
+    if job.spec.storage is not None and job.spec.storage.service_account_name is not None:
+        placement["serviceAccountName"] = job.spec.storage.service_account_name
+    if profile.node_selector:
+        placement["nodeSelector"] = profile.node_selector
+    if profile.tolerations:
+        placement["tolerations"] = list(profile.tolerations)
+    if profile.priority_class_name:
+        placement["priorityClassName"] = profile.priority_class_name
+    if profile.runtime_class_name:
+        placement["runtimeClassName"] = profile.runtime_class_name
+    if profile.image_pull_secrets:
+        placement["imagePullSecrets"] = [{"name": name} for name in profile.image_pull_secrets]
+    return placement
+
+
+def _init_container(settings: Settings) -> KubeObject:
+    return {
+        "name": contract.AGENT_CONTAINER,
+        "image": settings.operator_image,
+        **_pull_policy(settings.operator_image_pull_policy),
+        "args": ["install-agent", contract.AGENT_FILE],
+        "securityContext": RESTRICTED,
+        "resources": {"requests": INIT_RESOURCES, "limits": INIT_RESOURCES},
+        "volumeMounts": [{"name": "agent", "mountPath": contract.AGENT_FOLDER}],
+    }
+
+
+def _trainer_container(job: FineTuneJob, profile: Profile) -> KubeObject:
+    script = job.spec.script
+    resources = _resources(job.spec.workers.resources, profile)
+    mounts = [
+        {"name": "agent", "mountPath": contract.AGENT_FOLDER},
+        {"name": "config", "mountPath": contract.CONFIG_FOLDER, "readOnly": True},
+        {"name": "token", "mountPath": contract.TOKEN_FOLDER, "readOnly": True},
+        {"name": "scratch", "mountPath": contract.SCRATCH_FOLDER},
+        {"name": "scratch", "mountPath": "/tmp", "subPath": "tmp"},  # noqa: S108  the pod's own
+        {"name": "shared-memory", "mountPath": contract.SHARED_MEMORY_FOLDER},
+    ]
+    claims = [
+        {"name": volume, "mountPath": f"{contract.CLAIMS_FOLDER}/{claim}", "readOnly": True}
+        for volume, claim in claims_of(job).items()
+    ]
+    return {
+        "name": contract.TRAINER_CONTAINER,
+        "image": script.image if script else profile.image,
+        **_pull_policy(profile.image_pull_policy),
+        "command": ["python3", contract.AGENT_FILE],
+        "env": _environment(job, profile, script),
+        "securityContext": RESTRICTED,
+        "resources": {"requests": resources, "limits": resources},
+        "terminationMessagePolicy": "File",
+        "volumeMounts": mounts + claims,
+    }
+
+
+def _resources(asked: Resources, profile: Profile) -> dict[str, str]:
+    resources = {"cpu": asked.cpu, "memory": total_bytes(asked.memory, profile.shared_memory)}
+    return resources | ({profile.gpu_resource: str(asked.gpus)} if asked.gpus else {})
+
+
+def _environment(job: FineTuneJob, profile: Profile, script: Script | None) -> list[KubeObject]:
+    literal = {
+        "HOME": contract.SCRATCH_FOLDER,
+        "USER": contract.MANAGER,
+        "LOGNAME": contract.MANAGER,
+        "XDG_CACHE_HOME": f"{contract.SCRATCH_FOLDER}/.cache",
+        "HF_HOME": f"{contract.SCRATCH_FOLDER}/.cache/huggingface",
+        "TRITON_CACHE_DIR": f"{contract.SCRATCH_FOLDER}/.cache/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{contract.SCRATCH_FOLDER}/.cache/inductor",
+        "MPLCONFIGDIR": f"{contract.SCRATCH_FOLDER}/.cache/matplotlib",
+        "PYTHONUNBUFFERED": "1",
+        contract.GRACE_SECONDS: str(GRACE_SECONDS - contract.GRACE_MARGIN_SECONDS),
+    }
+    if job.spec.workers.resources.gpus == 0:
+        literal["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes an image with CUDA for a machine with CUDA
+    literal |= profile.environment
+    literal |= {variable.name: variable.value for variable in (script.environment if script else ())}
+    fields = {
+        contract.POD_NAME: "metadata.name",
+        contract.POD_UID: "metadata.uid",
+        contract.POD_ADDRESS: "status.podIP",
+    }
+    return [
+        *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()),
+        *({"name": name, "value": value} for name, value in sorted(literal.items())),
+        *_credentials(job),
+    ]
+
+
+def _credentials(job: FineTuneJob) -> list[KubeObject]:
+    """Name the keys of the user's secret: the kubelet reads it, the operator never does."""
+    secret = job.spec.storage.secret_name if job.spec.storage else None
+    if secret is None:
+        return []
+    return [
+        {"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key, "optional": optional}}}
+        for key, optional in CREDENTIALS.items()
+    ]
+
+
+def _volumes(job: FineTuneJob, profile: Profile) -> list[KubeObject]:
+    token = {"audience": contract.TOKEN_AUDIENCE, "expirationSeconds": contract.TOKEN_SECONDS, "path": "token"}
+    claims = [
+        {"name": volume, "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
+        for volume, claim in claims_of(job).items()
+    ]
+    return [
+        {"name": "agent", "emptyDir": {}},
+        {"name": "scratch", "emptyDir": {}},
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shared_memory}},
+        {"name": "config", "configMap": {"name": child_name(job)}},
+        {"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}},
+        *claims,
+    ]
+
+
+def claims_of(job: FineTuneJob) -> dict[str, str]:
+    """Return the persistent volume claims that a recipe reads from, each once, by the name of their volume."""
+    sources = _sources(job.spec.recipe) if job.spec.recipe else []
+    claims = sorted({uri.removeprefix("pvc://").split("/", 1)[0] for uri in sources if uri.startswith("pvc://")})
+    return {f"claim-{number}": claim for number, claim in enumerate(claims)}
+
+
+def _sources(recipe: Recipe) -> list[str]:
+    evaluation = [recipe.data.evaluation.source] if recipe.data.evaluation else []
+    return [recipe.model.source, recipe.data.train.source, *evaluation]
+
+
+def _pull_policy(policy: str | None) -> KubeObject:
+    return {"imagePullPolicy": policy} if policy else {}

@@ -1,0 +1,93 @@
+"""What the administrator decides, from the chart's values: read once at start from a YAML file.
+
+FINETUNE_OPERATOR_CONFIG   path of the file, default /etc/finetune-operator/config.yaml
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from finetune_api.contract import JOB_SERVER_PORT
+from finetune_api.schema import ApiModel
+
+CONFIG_VARIABLE = "FINETUNE_OPERATOR_CONFIG"
+CONFIG_FILE = "/etc/finetune-operator/config.yaml"
+AMAZON_S3 = "amazon-s3"  # in allowedEndpoints: jobs without an endpoint of their own
+
+
+class Profile(ApiModel):
+    """A named bundle of what a job's pods get beside what the job says."""
+
+    image: str
+    """Trainer image of recipe jobs."""
+    image_pull_policy: str | None = None
+    """Default: the kubelet's own rule (Always for :latest, else IfNotPresent)."""
+    image_pull_secrets: tuple[str, ...] = ()
+    """Names of secrets in the job's namespace."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels that nodes must have."""
+    tolerations: tuple[dict[str, Any], ...] = ()
+    """Taints that pods tolerate."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """The extended resource that workers.resources.gpus counts."""
+    shared_memory: str = "1Gi"
+    """Size of /dev/shm; added to the pod's memory limit."""
+    priority_class_name: str | None = None
+    """Priority class of the pods."""
+    runtime_class_name: str | None = None
+    """Runtime class of the pods."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment of the workers, such as NCCL settings."""
+
+
+class Settings(ApiModel):
+    """Everything that the operator is told."""
+
+    namespace: str
+    """Where the operator itself runs."""
+    service: str
+    """The Service in front of its job server."""
+    operator_image: str
+    """The operator's own image: pods copy the agent out of it."""
+    operator_image_pull_policy: str | None = None
+    """Default: the kubelet's own rule."""
+    watch_namespaces: tuple[str, ...] = ()
+    """Namespaces to serve; empty means all."""
+    allowed_endpoints: tuple[str, ...] = (AMAZON_S3,)
+    """Endpoints that jobs may name; amazon-s3 stands for jobs that name none."""
+    storage_cidrs: tuple[str, ...] = ("0.0.0.0/0",)
+    """Where training pods may connect to the store; link-local addresses never."""
+    profiles: dict[str, Profile]
+    """Named bundles; a job that names none gets `default`."""
+    job_server_port: int = JOB_SERVER_PORT
+    """TCP port of the job server."""
+    health_port: int = 8080
+    """TCP port of /healthz and /readyz."""
+    workers: int = Field(default=8, ge=1, le=256)
+    """How many jobs are reconciled at a time."""
+    progress_seconds: float = Field(default=10.0, ge=0)
+    """At most one status write for progress alone in this time, per job."""
+
+    @property
+    def job_server_url(self) -> str:
+        """Where agents find the job server."""
+        return f"https://{self.job_server_host}:{self.job_server_port}"
+
+    @property
+    def job_server_host(self) -> str:
+        """The name that the job server's certificate carries."""
+        return f"{self.service}.{self.namespace}.svc"
+
+
+def read_settings() -> Settings:
+    """Return the settings of this process.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not what it should be; the message names the field.
+    """
+    path = Path(os.environ.get(CONFIG_VARIABLE, CONFIG_FILE))
+    return Settings.model_validate(yaml.safe_load(path.read_text()))

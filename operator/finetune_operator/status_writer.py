@@ -1,0 +1,70 @@
+"""One status write, only if something differs, always against the version that it was computed from.
+
+Progress alone is written at most every ``progress_seconds`` for a job and ``PROGRESS_WRITES_PER_SECOND`` times a second in all: etcd keeps
+every version of an object. Whatever else changes is written at once, and takes the newest progress along.
+"""
+
+import logging
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+from finetune_api.job import FineTuneJob
+from finetune_api.status import JobStatus
+from finetune_operator.kube.api import JOBS, KubeApi
+from finetune_operator.kube.errors import NotFound
+from finetune_operator.merge_patch import merge_patch
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_WRITES_PER_SECOND = 20.0
+
+
+class StatusWriter:
+    """Writes the status of jobs."""
+
+    def __init__(self, api: KubeApi, *, progress_seconds: float) -> None:
+        self._api, self._progress_seconds = api, progress_seconds
+        self._written: dict[str, datetime] = {}  # by job uid
+        self._next_progress: datetime | None = None  # of any job
+
+    async def write(
+        self, job: FineTuneJob, status: JobStatus, now: datetime, *, on_written: Callable[[dict[str, Any]], None]
+    ) -> float | None:
+        """Write ``status`` if it differs and its time has come; return in how many seconds to try again when it has not.
+
+        Raises:
+            Conflict: the job has changed since; its newest state has to be looked at first.
+        """
+        old = job.status.to_wire() if job.status else {}
+        patch = merge_patch(old, status.to_wire())
+        if not patch:
+            return None
+        wait = self._wait_seconds(job.metadata.uid, now) if patch.keys() <= {"progress"} else 0.0
+        if wait > 0:
+            return wait
+        metadata = job.metadata
+        self._written[metadata.uid] = now
+        try:
+            body = await self._api.patch_status(
+                JOBS, metadata.namespace, metadata.name, resource_version=metadata.resource_version, status=patch
+            )
+        except NotFound:
+            logger.debug("job %s/%s is gone", metadata.namespace, metadata.name)
+            return None
+        on_written(body)
+        return None
+
+    def forget(self, job_uid: str) -> None:
+        """Drop what is remembered of a job that is gone."""
+        self._written.pop(job_uid, None)
+
+    def _wait_seconds(self, uid: str, now: datetime) -> float:
+        written = self._written.get(uid)
+        own = self._progress_seconds - (now - written).total_seconds() if written else 0.0
+        if own > 0:
+            return own
+        shared = (self._next_progress - now).total_seconds() if self._next_progress else 0.0
+        if shared <= 0:
+            self._next_progress = now + timedelta(seconds=1.0 / PROGRESS_WRITES_PER_SECOND)
+        return shared

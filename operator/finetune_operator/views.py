@@ -1,0 +1,112 @@
+"""What reconcile sees of pods: the few fields it decides from, as values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api import contract
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerView:
+    """The newest state of one container, and how it ended before."""
+
+    name: str
+    is_init: bool
+    waiting_reason: str = ""
+    waiting_message: str = ""
+    running: bool = False
+    exit_code: int | None = None
+    exit_reason: str = ""
+    exit_message: str = ""
+    last_exit_code: int | None = None
+    last_exit_reason: str = ""
+    restart_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """One training pod."""
+
+    namespace: str
+    name: str
+    uid: str
+    job: str
+    job_uid: str
+    rank: int
+    generation: int  # that it was created for
+    created: str
+    node: str = ""
+    address: str = ""
+    phase: str = "Pending"
+    reason: str = ""
+    message: str = ""
+    deleting: bool = False
+    scheduled: bool = False
+    unschedulable: str = ""
+    disruption: str = ""
+    containers: tuple[ContainerView, ...] = ()
+    resource_version: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether its containers will never run again."""
+        return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can hold a place in a gang."""
+        return not self.deleting and not self.ended
+
+
+def pod_view(body: Mapping[str, Any]) -> PodView | None:
+    """Return the view of a pod, or None when it is no training pod of a job (no labels or owner of ours)."""
+    metadata, spec, status = body["metadata"], body.get("spec", {}), body.get("status", {})
+    labels = metadata.get("labels", {})
+    owners = [o for o in metadata.get("ownerReferences", ()) if o.get("controller") and o["kind"] == contract.KIND]
+    if not owners or not labels.get(contract.RANK_LABEL, "").isdigit():
+        return None
+    conditions = {condition["type"]: condition for condition in status.get("conditions", ())}
+    scheduled = conditions.get("PodScheduled", {})
+    return PodView(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        job=owners[0]["name"],
+        job_uid=owners[0]["uid"],
+        rank=int(labels[contract.RANK_LABEL]),
+        generation=int(labels.get(contract.GENERATION_LABEL, "0")),
+        created=metadata.get("creationTimestamp", ""),
+        node=spec.get("nodeName", ""),
+        address=status.get("podIP", ""),
+        phase=status.get("phase", "Pending"),
+        reason=status.get("reason", ""),
+        message=status.get("message", ""),
+        deleting="deletionTimestamp" in metadata,
+        scheduled=scheduled.get("status") == "True",
+        unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
+        disruption=conditions.get("DisruptionTarget", {}).get("reason", ""),
+        containers=(
+            *(_container(item, is_init=True) for item in status.get("initContainerStatuses", ())),
+            *(_container(item, is_init=False) for item in status.get("containerStatuses", ())),
+        ),
+        resource_version=metadata.get("resourceVersion", ""),
+    )
+
+
+def _container(item: Mapping[str, Any], *, is_init: bool) -> ContainerView:
+    state, last = item.get("state", {}), item.get("lastState", {}).get("terminated", {})
+    waiting, ended = state.get("waiting", {}), state.get("terminated", {})
+    return ContainerView(
+        name=item["name"],
+        is_init=is_init,
+        waiting_reason=waiting.get("reason", ""),
+        waiting_message=waiting.get("message", ""),
+        running="running" in state,
+        exit_code=ended.get("exitCode"),
+        exit_reason=ended.get("reason", ""),
+        exit_message=ended.get("message", ""),
+        last_exit_code=last.get("exitCode"),
+        last_exit_reason=last.get("reason", ""),
+        restart_count=item.get("restartCount", 0),
+    )
