@@ -10,6 +10,7 @@ from finetune_api.reference import reference_markdown
 GENERATED = {
     Path("crds/finetunejobs.finetune.dev.yaml"): crd_yaml,
     Path("charts/finetune-crds/files/finetunejobs.finetune.dev.yaml"): crd_yaml,
+    Path("charts/finetune-operator/files/finetunejobs.finetune.dev.yaml"): crd_yaml,
     Path("docs/reference/finetunejob.md"): reference_markdown,
 }
 

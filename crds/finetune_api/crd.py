@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from finetune_api import contract
 from finetune_api.job import FineTuneJob
-from finetune_api.schema import VALIDATIONS, ApiModel
+from finetune_api.schema import DEFAULT_NOT_STORED, VALIDATIONS, ApiModel
 
 Schema = dict[str, Any]
 
@@ -68,7 +68,7 @@ def crd_yaml() -> str:
 
 def _root_schema() -> Schema:
     schema = object_schema(FineTuneJob)
-    schema["properties"]["metadata"] = {"type": "object"}
+    schema["properties"]["metadata"] = {"type": "object", "properties": {"name": {"type": "string"}}}
     schema["properties"]["apiVersion"] = {"type": "string"}
     schema["properties"]["kind"] = {"type": "string"}
     schema["required"] = ["spec"]
@@ -105,8 +105,9 @@ def _structural(node: Schema, definitions: Schema, models: dict[str, type[ApiMod
             name: _with_nested_default(_structural(child, definitions, models), model, name)
             for name, child in node["properties"].items()
         }
-        if model.rules:
-            result[VALIDATIONS] = [rule.as_schema() for rule in model.rules]
+        rules = [rule.as_schema() for rule in model.rules if rule.cel is not None]
+        if rules:
+            result[VALIDATIONS] = rules
     if "items" in node:
         result["items"] = _structural(node["items"], definitions, models)
     if "x-list-key" in node:
@@ -149,13 +150,16 @@ def _resolve(node: Schema, definitions: Schema) -> Schema:
 
 
 def _with_nested_default(schema: Schema, model: type[ApiModel], wire_name: str) -> Schema:
-    """Give a nested object the default that its factory makes, in full."""
+    """Give a nested object that may be left out the defaults of its fields."""
     field = next(f for n, f in model.model_fields.items() if (f.alias or n) == wire_name)
-    if field.default_factory is None:
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    if field.default_factory is None or DEFAULT_NOT_STORED in extra:
         return schema
     made = field.default_factory()  # type: ignore[call-arg]
     if isinstance(made, BaseModel):
-        schema["default"] = made.model_dump(mode="json", by_alias=True, exclude_none=True)
+        assert made == type(made)(), f"{wire_name}: a default that its fields do not have needs {DEFAULT_NOT_STORED}"
+        fields = schema["properties"].items()
+        schema["default"] = {name: child["default"] for name, child in fields if "default" in child}
     return schema
 
 

@@ -1,15 +1,19 @@
 """``kind: FineTuneJob``: what a user writes."""
 
+import json
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import ConfigDict, Field
 
 from finetune_api import contract
 from finetune_api.recipe import Recipe
 from finetune_api.schema import (
+    DEFAULT_NOT_STORED,
     ApiModel,
+    Bytes,
     CheckpointUri,
+    Cores,
     EndpointUrl,
     EnvironmentName,
     ImageReference,
@@ -19,26 +23,6 @@ from finetune_api.schema import (
 )
 from finetune_api.status import JobStatus
 
-QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
-
-
-def _quantity_as_text(value: object) -> object:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Quantity = Annotated[
-    str,
-    BeforeValidator(_quantity_as_text),
-    StringConstraints(pattern=QUANTITY_PATTERN, max_length=32),
-    WithJsonSchema(
-        {
-            "anyOf": [{"type": "integer"}, {"type": "string"}],
-            "x-kubernetes-int-or-string": True,
-            "pattern": QUANTITY_PATTERN,
-            "maxLength": 32,
-        }
-    ),
-]
 Argument = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
@@ -75,6 +59,15 @@ class Script(ApiModel):
         default_factory=list, max_length=128, json_schema_extra={"x-list-key": "name"}
     )
     """Environment variables of the workers."""
+
+    rules = (
+        Rule(
+            cel=None,
+            message="duplicate names: each variable can be set once",
+            check=lambda script: len({variable.name for variable in script.environment}) == len(script.environment),
+            field="environment",
+        ),
+    )
 
 
 class Storage(ApiModel):
@@ -120,8 +113,10 @@ class CheckpointInterval(ApiModel):
 class Checkpoint(ApiModel):
     """When to commit checkpoints, how many to keep, and what to continue from."""
 
-    interval: CheckpointInterval = Field(default_factory=lambda: CheckpointInterval(seconds=600))
-    """How often to commit a checkpoint; the end of training always commits one."""
+    interval: CheckpointInterval = Field(
+        default_factory=lambda: CheckpointInterval(seconds=600), json_schema_extra={DEFAULT_NOT_STORED: True}
+    )
+    """How often to commit a checkpoint; the end of training always commits one. Default: every 600 seconds."""
     keep: int = Field(default=2, ge=1, le=100)
     """How many of the newest checkpoints to keep."""
     resume_from: CheckpointUri | None = None
@@ -131,9 +126,9 @@ class Checkpoint(ApiModel):
 class Resources(ApiModel):
     """What each training pod asks for; requests and limits are equal."""
 
-    cpu: Quantity = "1"
+    cpu: Cores = "1"
     """CPU cores."""
-    memory: Quantity = "4Gi"
+    memory: Bytes = "4Gi"
     """Memory of the trainer."""
     gpus: int = Field(default=0, ge=0, le=16)
     """GPUs (nvidia.com/gpu, or what the profile says)."""
@@ -270,14 +265,16 @@ class FineTuneJob(ApiModel):
         Rule(
             cel=f"self.metadata.name.size() <= {contract.JOB_NAME_LIMIT}"
             " && self.metadata.name.matches('^[a-z0-9]([a-z0-9-]*[a-z0-9])?$')",
-            message=f"metadata.name must be a DNS label (lower-case letters, digits, '-') of at most "
+            message=f"must be a DNS label (lower-case letters, digits, '-') of at most "
             f"{contract.JOB_NAME_LIMIT} characters: it becomes part of pod names",
             check=lambda job: contract.is_job_name(job.metadata.name),
+            field="metadata.name",
         ),
         Rule(
             cel="!has(oldSelf.status) || !has(oldSelf.status.gang) || (has(self.status) && has(self.status.gang)"
             " && self.status.gang.generation >= oldSelf.status.gang.generation)",
-            message="status.gang.generation cannot fall: a generation names one incarnation of the gang for ever",
+            message="the generation cannot fall: it names one incarnation of the gang for ever",
+            field="status.gang.generation",
         ),
         Rule(
             cel="!has(oldSelf.status) || !has(oldSelf.status.conditions) || ['Complete', 'Failed'].all(final,"
@@ -285,6 +282,7 @@ class FineTuneJob(ApiModel):
             " || (has(self.status) && has(self.status.conditions)"
             " && self.status.conditions.exists(c, c.type == final && c.status == 'True')))",
             message="a job that is Complete or Failed stays so; create a new job to continue it",
+            field="status.conditions",
         ),
     )
 
@@ -292,7 +290,9 @@ class FineTuneJob(ApiModel):
 def parse_job(body: dict[str, Any]) -> FineTuneJob:
     """Return the job that an API object describes.
 
+    By way of JSON, because strict means there what it means to the API server: "2" is no number, while "Full" is a method.
+
     Raises:
         pydantic.ValidationError: the object was stored by a schema that this version does not know.
     """
-    return FineTuneJob.model_validate(body)
+    return FineTuneJob.model_validate_json(json.dumps(body), strict=True)

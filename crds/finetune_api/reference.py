@@ -31,7 +31,7 @@ def _rows(schema: Schema, path: str) -> Any:
     required = schema.get("required", [])
     for name, child in schema.get("properties", {}).items():
         where = f"{path}.{name}"
-        default = "required" if name in required else _code(child.get("default"))
+        default = "required" if name in required else _code(None if "properties" in child else child.get("default"))
         yield f"| `{where}` | {_type(child)} | {default} | {child.get('description', '')} |"
         inner = child.get("items", child)
         yield from _rows(inner, where + ("[]" if "items" in child else ""))
@@ -63,8 +63,8 @@ def _code(value: object) -> str:
 
 def _rules(schema: Schema, path: str) -> Any:
     for rule in schema.get(VALIDATIONS, []):
-        if schema["type"] == "object":
-            yield f"- `{(path + rule.get('fieldPath', '')) or 'the object'}`: {rule['message']}"
+        if schema.get("type") == "object":
+            yield f"- `{(path + rule.get('fieldPath', '')).lstrip('.') or 'the object'}`: {rule['message']}"
         else:
             yield f"- `{path}`: {rule['message']}"
     for name, child in schema.get("properties", {}).items():

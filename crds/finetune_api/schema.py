@@ -10,10 +10,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 
 VALIDATIONS = "x-kubernetes-validations"
+# Marks (in json_schema_extra) a default that programs fill in and the API server does not. For a choice of one of several fields that may
+# change later: a stored default would stay beside the field that a user sets instead, and the two would be refused.
+DEFAULT_NOT_STORED = "x-default-not-stored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +35,15 @@ class Rule:
     ``transition`` rules compare an update with the old object; only the API server can see that, so they carry no check.
     """
 
-    cel: str
+    cel: str | None
+    """None when the schema itself says it (the keys of a list map)."""
     message: str
     check: Callable[[Any], bool] | None = None
     field: str | None = None
 
     def as_schema(self) -> dict[str, Any]:
         """Return the rule as an entry of ``x-kubernetes-validations``."""
+        assert self.cel is not None
         schema: dict[str, Any] = {"rule": self.cel, "message": self.message}
         if self.field is not None:
             schema["fieldPath"] = f".{self.field}"
@@ -91,6 +105,39 @@ def matching(pattern: str, message: str, *, max_length: int, min_length: int = 1
     ]
 
 
+_POSITIVE = r"(?:[0-9]*[1-9][0-9]*(?:\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)"
+
+
+def _quantity_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def quantity(suffix: str, message: str) -> Any:
+    """Return a type of positive quantities; written without quotes they come as integers."""
+    pattern = re.compile(f"^{_POSITIVE}{suffix}$")
+
+    def check(value: str) -> str:
+        if pattern.fullmatch(value) is None:
+            raise ValueError(message)
+        return value
+
+    cel = "type(self) == int ? self > 0 : self.matches('{}')".format(pattern.pattern.replace("\\", "\\\\"))
+    return Annotated[
+        str,
+        BeforeValidator(_quantity_as_text),
+        StringConstraints(max_length=32),
+        AfterValidator(check),
+        WithJsonSchema(
+            {
+                "anyOf": [{"type": "integer"}, {"type": "string"}],
+                "x-kubernetes-int-or-string": True,
+                "maxLength": 32,
+                VALIDATIONS: [Rule(cel=cel, message=message).as_schema()],
+            }
+        ),
+    ]
+
+
 # A path segment starts with a letter, a digit or an underscore: that alone refuses "..", ".", "//" and encodings.
 SEGMENT = "[A-Za-z0-9_][A-Za-z0-9_.=+,@-]*"
 BUCKET = "[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
@@ -138,9 +185,13 @@ EnvironmentName = matching(
     "must be a letter or underscore followed by letters, digits and underscores",
     max_length=256,
 )
+_IMAGE_PATH = "[a-z0-9]+([._-]+[a-z0-9]+)*"
 ImageReference = matching(
-    "[a-z0-9][A-Za-z0-9._:/@-]*",
+    f"([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{{1,5}})?/)?{_IMAGE_PATH}(/{_IMAGE_PATH})*"
+    "(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?",
     "must be an image reference such as registry/name:tag or registry/name@sha256:digest",
     max_length=512,
 )
 Line = matching("[^\\x00-\\x1f\\x7f]+", "must be one line of text without control characters", max_length=256)
+Cores = quantity("m?", "must be a positive number of cores such as 4, '0.5' or 500m")
+Bytes = quantity("(?:[kMGTP]|[KMGTP]i)?", "must be a positive number of bytes such as 512Mi, 64Gi or 1T")

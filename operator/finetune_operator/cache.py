@@ -1,7 +1,8 @@
 """What the watches have seen of jobs and their pods, trimmed, in memory.
 
 kopf emits no DELETED event for what vanished while a watch was down, so a cache fed by events alone keeps ghosts. ``sweep`` mends that:
-a full list replaces everything that the cache already knew when the list was asked for.
+a full list replaces everything that the cache already knew when the list was asked for. The other way round, a list or an answer that was
+under way while the watch showed the end of an object must not bring it back: uids that are gone are remembered for two sweeps.
 """
 
 from collections import defaultdict
@@ -29,6 +30,7 @@ class Cache:
         self._pods: dict[str, _Entry[PodView]] = {}
         self._pods_of: defaultdict[str, set[str]] = defaultdict(set)
         self._sweep = 0
+        self._gone: dict[str, int] = {}  # uid → number of the sweep during which it went
 
     def job(self, key: JobKey) -> dict[str, Any] | None:
         """Return the newest known state of a job, as the API server wrote it."""
@@ -55,12 +57,13 @@ class Cache:
 
     def observe_job(self, body: Mapping[str, Any], *, deleted: bool = False) -> JobKey:
         """Take in what a watch, a list or an answer says of a job; an older version than the known one changes nothing."""
-        key = job_key(body)
+        key, metadata = job_key(body), body["metadata"]
         known = self._jobs.get(key)
         if deleted:
-            if known and known.value["metadata"]["uid"] == body["metadata"]["uid"]:
-                del self._jobs[key]
-        elif known is None or not _is_older(body["metadata"], known.value["metadata"]):
+            self.forget_job(key, metadata["uid"])
+        elif metadata["uid"] in self._gone:
+            pass
+        elif known is None or not _is_older(metadata["resourceVersion"], known.value["metadata"]["resourceVersion"]):
             self._jobs[key] = _Entry(_trimmed(body), self._sweep)
         else:
             known.seen = self._sweep
@@ -73,16 +76,27 @@ class Cache:
             return None
         known = self._pods.get(pod.uid)
         if deleted:
-            self._forget_pod(pod.uid)
-        elif known is None or not _is_older(
-            {"uid": pod.uid, "resourceVersion": pod.resource_version},
-            {"uid": pod.uid, "resourceVersion": known.value.resource_version},
-        ):
+            self.forget_pod(pod.uid)
+        elif pod.uid in self._gone:
+            pass
+        elif known is None or not _is_older(pod.resource_version, known.value.resource_version):
             self._pods[pod.uid] = _Entry(pod, self._sweep)
             self._pods_of[pod.job_uid].add(pod.uid)
         else:
             known.seen = self._sweep
         return JobKey((pod.namespace, pod.job))
+
+    def forget_job(self, key: JobKey, uid: str) -> None:
+        """Take in that a job is gone; another one of the same name stays."""
+        self._gone[uid] = self._sweep
+        known = self._jobs.get(key)
+        if known and known.value["metadata"]["uid"] == uid:
+            del self._jobs[key]
+
+    def forget_pod(self, uid: str) -> None:
+        """Take in that a pod is gone."""
+        self._gone[uid] = self._sweep
+        self._drop_pod(uid)
 
     def begin_sweep(self) -> None:
         """Call before asking for full lists."""
@@ -98,10 +112,11 @@ class Cache:
         for uid, pod in list(self._pods.items()):
             if pod.seen < self._sweep:
                 touched.add(JobKey((pod.value.namespace, pod.value.job)))
-                self._forget_pod(uid)
+                self._drop_pod(uid)
+        self._gone = {uid: sweep for uid, sweep in self._gone.items() if sweep >= self._sweep - 1}
         return touched
 
-    def _forget_pod(self, uid: str) -> None:
+    def _drop_pod(self, uid: str) -> None:
         entry = self._pods.pop(uid, None)
         if entry is not None:
             owned = self._pods_of[entry.value.job_uid]
@@ -132,8 +147,6 @@ def _trimmed(body: Mapping[str, Any]) -> dict[str, Any]:
     return {"metadata": metadata, "spec": body.get("spec", {}), "status": body.get("status") or {}}
 
 
-def _is_older(new: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
-    """Tell whether ``new`` is an older state of the same object; etcd's resource versions are ordered numbers."""
-    if new["uid"] != known["uid"]:
-        return False
-    return int(new["resourceVersion"]) < int(known["resourceVersion"])
+def _is_older(new: str, known: str) -> bool:
+    """Tell whether a resource version is the older one; they are ordered numbers, also between objects of one kind."""
+    return int(new) < int(known)

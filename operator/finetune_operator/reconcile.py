@@ -69,18 +69,22 @@ class Reconciler:
             return None
         observed = self._observe(job)
         plan = plan_job(observed)
-        again = await self._status.write(job, plan.status, self._clock(), on_written=self._take_status)
+        try:
+            again = await self._status.write(job, plan.status, self._clock(), on_written=self._take_status)
+        except NotFound:
+            self._cache.forget_job(key, uid)  # the watch will show it; until then pods would be made for nobody
+            return None
+        obstacle = None
         self._obstacles.pop(uid, None)
         if plan.create:
             await self._furnish(job)
-            await self._create_pods(job, plan.create)
+            obstacle = await self._create_pods(job, plan.create)
         await self._delete_pods(plan.delete)
         if plan.delete_job:
             await self._delete_job(job)
-        if uid in self._obstacles and observed.obstacle != self._obstacles[uid]:
-            again = 0.0  # tell it in status now
-        elif uid in self._obstacles:
-            again = OBSTACLE_SECONDS
+        if obstacle is not None:
+            self._obstacles[uid] = obstacle
+            again = OBSTACLE_SECONDS if obstacle == observed.obstacle else 0.0  # tell it in status now
         return min((s for s in (again, plan.look_again_seconds) if s is not None), default=None)
 
     def forget(self, job_uid: str) -> None:
@@ -90,7 +94,8 @@ class Reconciler:
         self._status.forget(job_uid)
 
     def _observe(self, job: FineTuneJob) -> Observation:
-        pods = self._cache.pods_of(job.metadata.uid)
+        # An owner reference is anybody's to write: a pod of another namespace has no place here.
+        pods = tuple(pod for pod in self._cache.pods_of(job.metadata.uid) if pod.namespace == job.metadata.namespace)
         heard = self._reports.heard
         return Observation(
             job=job,
@@ -115,19 +120,21 @@ class Reconciler:
         await self._api.apply(NETWORK_POLICIES, namespace, render_network_policy(job, self._settings))
         self._furnished.add(job.metadata.uid)
 
-    async def _create_pods(self, job: FineTuneJob, places: Sequence[NewPod]) -> None:
+    async def _create_pods(self, job: FineTuneJob, places: Sequence[NewPod]) -> Problem | None:
+        """Create pods, and return why the first that was refused was: the same whichever answer came last."""
         limit = asyncio.Semaphore(POD_REQUESTS_AT_ONCE)
 
-        async def create(place: NewPod) -> None:
+        async def create(place: NewPod) -> Problem | None:
             async with limit:
-                await self._create_pod(job, place)
+                return await self._create_pod(job, place)
 
         outcomes = await asyncio.gather(*(create(place) for place in places), return_exceptions=True)
         for outcome in outcomes:  # all have been tried; one error is enough to come back
             if isinstance(outcome, BaseException):
                 raise outcome
+        return next((outcome for outcome in outcomes if isinstance(outcome, Problem)), None)
 
-    async def _create_pod(self, job: FineTuneJob, place: NewPod) -> None:
+    async def _create_pod(self, job: FineTuneJob, place: NewPod) -> Problem | None:
         body = render_pod(job, place, self._settings)
         namespace, name = job.metadata.namespace, body["metadata"]["name"]
         try:
@@ -138,18 +145,19 @@ class Reconciler:
             self._cache.observe_pod(existing)
             owners = [owner["uid"] for owner in existing["metadata"].get("ownerReferences", ())]
             if job.metadata.uid not in owners:
-                message = f"pod {name} exists and is not this job's; delete it"
-                self._obstacles[job.metadata.uid] = Problem("NameTaken", message)
+                return Problem("NameTaken", f"pod {name} exists and is not this job's; delete it")
         except (Forbidden, Invalid) as error:
             reason = "QuotaExceeded" if "exceeded quota" in str(error) else "PodRefused"
-            self._obstacles[job.metadata.uid] = Problem(reason, f"the API server refuses the pod: {error}")
+            return Problem(reason, f"the API server refuses the pod: {error}")
+        return None
 
     async def _delete_pods(self, pods: Sequence[PodView]) -> None:
         for pod in pods:
             try:
                 await self._api.delete(PODS, pod.namespace, pod.name, uid=pod.uid)
-            except (NotFound, Conflict):
+            except (NotFound, Conflict):  # whatever has that name now has another uid
                 logger.debug("pod %s/%s is gone already", pod.namespace, pod.name)
+                self._cache.forget_pod(pod.uid)
 
     async def _delete_job(self, job: FineTuneJob) -> None:
         try:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 POD_SELECTOR = f"{MANAGED_BY_LABEL}={MANAGER}"
 RESYNC_SECONDS = 300.0
-CONFLICT_SECONDS = 0.05  # the watch brings the newer version within milliseconds
+CONFLICT_SECONDS = 0.05
 
 
 class Runtime:
@@ -134,7 +134,7 @@ class Runtime:
             look_again = await self._reconciler.reconcile(key)
         except Conflict as error:
             logger.debug("%s/%s changed meanwhile: %s", *key, error)
-            self.queue.add_after(key, CONFLICT_SECONDS)
+            await self._look_at(key)
         except KubeError as error:
             delay = self.queue.add_failed(key)
             logger.warning("%s/%s: %s; trying again in %.1f s", *key, error, delay)
@@ -146,6 +146,16 @@ class Runtime:
             self.queue.succeeded(key)
             if look_again is not None:
                 self.queue.add_after(key, look_again)
+
+    async def _look_at(self, key: JobKey) -> None:
+        """Read a job whose watch lags behind, rather than try again until it has caught up."""
+        try:
+            self.cache.observe_job(await self._client.get(JOBS, *key))
+        except KubeError as error:
+            logger.warning("%s/%s: %s", *key, error)
+            self.queue.add_failed(key)
+        else:
+            self.queue.add_after(key, CONFLICT_SECONDS)
 
     async def _listen(self, app: web.Application, port: int, ssl_context: Any) -> None:
         runner = web.AppRunner(app, access_log=None)

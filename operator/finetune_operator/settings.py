@@ -4,18 +4,33 @@ FINETUNE_OPERATOR_CONFIG   path of the file, default /etc/finetune-operator/conf
 """
 
 import os
+from ipaddress import ip_network
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from finetune_api.contract import JOB_SERVER_PORT
 from finetune_api.schema import ApiModel
+from finetune_operator.render.quantity import quantity_value
 
 CONFIG_VARIABLE = "FINETUNE_OPERATOR_CONFIG"
 CONFIG_FILE = "/etc/finetune-operator/config.yaml"
 AMAZON_S3 = "amazon-s3"  # in allowedEndpoints: jobs without an endpoint of their own
+
+
+def _checked_network(text: str) -> str:
+    ip_network(text)
+    return text
+
+
+def _checked_quantity(text: str) -> str:
+    quantity_value(text)
+    return text
+
+
+Cidr = Annotated[str, AfterValidator(_checked_network)]
 
 
 class Profile(ApiModel):
@@ -33,7 +48,7 @@ class Profile(ApiModel):
     """Taints that pods tolerate."""
     gpu_resource: str = "nvidia.com/gpu"
     """The extended resource that workers.resources.gpus counts."""
-    shared_memory: str = "1Gi"
+    shared_memory: Annotated[str, AfterValidator(_checked_quantity)] = "1Gi"
     """Size of /dev/shm; added to the pod's memory limit."""
     priority_class_name: str | None = None
     """Priority class of the pods."""
@@ -58,7 +73,7 @@ class Settings(ApiModel):
     """Namespaces to serve; empty means all."""
     allowed_endpoints: tuple[str, ...] = (AMAZON_S3,)
     """Endpoints that jobs may name; amazon-s3 stands for jobs that name none."""
-    storage_cidrs: tuple[str, ...] = ("0.0.0.0/0",)
+    storage_cidrs: tuple[Cidr, ...] = ("0.0.0.0/0",)
     """Where training pods may connect to the store; link-local addresses never."""
     profiles: dict[str, Profile]
     """Named bundles; a job that names none gets `default`."""
@@ -90,4 +105,8 @@ def read_settings() -> Settings:
         ValueError: it is not what it should be; the message names the field.
     """
     path = Path(os.environ.get(CONFIG_VARIABLE, CONFIG_FILE))
-    return Settings.model_validate(yaml.safe_load(path.read_text()))
+    try:
+        document = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    return Settings.model_validate(document)

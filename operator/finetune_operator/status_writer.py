@@ -4,7 +4,6 @@ Progress alone is written at most every ``progress_seconds`` for a job and ``PRO
 every version of an object. Whatever else changes is written at once, and takes the newest progress along.
 """
 
-import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
@@ -12,10 +11,7 @@ from typing import Any
 from finetune_api.job import FineTuneJob
 from finetune_api.status import JobStatus
 from finetune_operator.kube.api import JOBS, KubeApi
-from finetune_operator.kube.errors import NotFound
 from finetune_operator.merge_patch import merge_patch
-
-logger = logging.getLogger(__name__)
 
 PROGRESS_WRITES_PER_SECOND = 20.0
 
@@ -26,7 +22,8 @@ class StatusWriter:
     def __init__(self, api: KubeApi, *, progress_seconds: float) -> None:
         self._api, self._progress_seconds = api, progress_seconds
         self._written: dict[str, datetime] = {}  # by job uid
-        self._next_progress: datetime | None = None  # of any job
+        self._next_turn: datetime | None = None  # of any job
+        self._turns: dict[str, datetime] = {}  # by job uid: when its progress may be written
 
     async def write(
         self, job: FineTuneJob, status: JobStatus, now: datetime, *, on_written: Callable[[dict[str, Any]], None]
@@ -35,6 +32,7 @@ class StatusWriter:
 
         Raises:
             Conflict: the job has changed since; its newest state has to be looked at first.
+            NotFound: the job is gone.
         """
         old = job.status.to_wire() if job.status else {}
         patch = merge_patch(old, status.to_wire())
@@ -45,26 +43,24 @@ class StatusWriter:
             return wait
         metadata = job.metadata
         self._written[metadata.uid] = now
-        try:
-            body = await self._api.patch_status(
-                JOBS, metadata.namespace, metadata.name, resource_version=metadata.resource_version, status=patch
-            )
-        except NotFound:
-            logger.debug("job %s/%s is gone", metadata.namespace, metadata.name)
-            return None
+        self._turns.pop(metadata.uid, None)
+        body = await self._api.patch_status(
+            JOBS, metadata.namespace, metadata.name, resource_version=metadata.resource_version, status=patch
+        )
         on_written(body)
         return None
 
     def forget(self, job_uid: str) -> None:
         """Drop what is remembered of a job that is gone."""
         self._written.pop(job_uid, None)
+        self._turns.pop(job_uid, None)
 
     def _wait_seconds(self, uid: str, now: datetime) -> float:
         written = self._written.get(uid)
         own = self._progress_seconds - (now - written).total_seconds() if written else 0.0
         if own > 0:
             return own
-        shared = (self._next_progress - now).total_seconds() if self._next_progress else 0.0
-        if shared <= 0:
-            self._next_progress = now + timedelta(seconds=1.0 / PROGRESS_WRITES_PER_SECOND)
-        return shared
+        if uid not in self._turns:
+            turn = self._turns[uid] = max(now, self._next_turn or now)
+            self._next_turn = turn + timedelta(seconds=1.0 / PROGRESS_WRITES_PER_SECOND)
+        return (self._turns[uid] - now).total_seconds()

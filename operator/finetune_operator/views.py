@@ -64,7 +64,8 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
     metadata, spec, status = body["metadata"], body.get("spec", {}), body.get("status", {})
     labels = metadata.get("labels", {})
     owners = [o for o in metadata.get("ownerReferences", ()) if o.get("controller") and o["kind"] == contract.KIND]
-    if not owners or not labels.get(contract.RANK_LABEL, "").isdigit():
+    numbers = [labels.get(name, "") for name in (contract.RANK_LABEL, contract.GENERATION_LABEL)]
+    if not owners or not all(number.isdecimal() for number in numbers):  # labels are anybody's to write
         return None
     conditions = {condition["type"]: condition for condition in status.get("conditions", ())}
     scheduled = conditions.get("PodScheduled", {})
@@ -74,8 +75,8 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
         uid=metadata["uid"],
         job=owners[0]["name"],
         job_uid=owners[0]["uid"],
-        rank=int(labels[contract.RANK_LABEL]),
-        generation=int(labels.get(contract.GENERATION_LABEL, "0")),
+        rank=int(numbers[0]),
+        generation=int(numbers[1]),
         created=metadata.get("creationTimestamp", ""),
         node=spec.get("nodeName", ""),
         address=status.get("podIP", ""),

@@ -16,7 +16,7 @@ from finetune_api.job import parse_job
 from finetune_api.protocol import SERVED_VERSIONS, Action, Order, Report, from_wire, to_wire
 from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.auth import Caller, TokenVerifier, Unauthorized
-from finetune_operator.jobserver.reports import Reports
+from finetune_operator.jobserver.reports import Reports, check_plausible
 from finetune_operator.kube.errors import KubeError
 from finetune_operator.plan.orders import order_for
 from finetune_operator.views import PodView
@@ -49,7 +49,8 @@ class JobServer:
         caller = await self._caller(request)
         try:
             report = from_wire(Report, json.loads(await request.read()))
-        except ValueError as error:
+            check_plausible(report)
+        except (ValueError, OverflowError, RecursionError) as error:
             raise _refusal(web.HTTPBadRequest, f"not a report: {error}") from error
         if report.protocol not in SERVED_VERSIONS:
             raise _refusal(web.HTTPBadRequest, f"protocol {report.protocol} is not served; served: {SERVED_VERSIONS}")

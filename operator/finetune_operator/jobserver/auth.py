@@ -12,11 +12,13 @@ import jwt
 
 from finetune_api.contract import TOKEN_AUDIENCE
 from finetune_operator.kube.api import KubeApi
+from finetune_operator.kube.errors import KubeError
 
 JWKS_PATH = "/openid/v1/jwks"
 DISCOVERY_PATH = "/.well-known/openid-configuration"
 ALGORITHMS = ["RS256", "ES256"]
 REFRESH_SECONDS = 10.0  # unknown key ids cause no more than one fetch in this time
+RETRY_SECONDS = 1.0  # and no more than one in this time after a fetch that failed
 
 
 class Unauthorized(Exception):
@@ -39,7 +41,8 @@ class TokenVerifier:
         self._api = api
         self._keys: dict[str, jwt.PyJWK] = {}
         self._issuer = ""
-        self._fetched_at = float("-inf")
+        self._next_fetch = float("-inf")
+        self._failure: KubeError | None = None
         self._lock = asyncio.Lock()
 
     async def verify(self, authorization: str | None) -> Caller:
@@ -47,6 +50,7 @@ class TokenVerifier:
 
         Raises:
             Unauthorized: there is none, or it is forged, expired, or made for somebody else.
+            KubeError: the cluster's keys cannot be read, so nobody can tell.
         """
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
@@ -55,8 +59,8 @@ class TokenVerifier:
             key = await self._key(jwt.get_unverified_header(token).get("kid", ""))
             claims = jwt.decode(
                 token,
-                key=key.key,
-                algorithms=ALGORITHMS,
+                key=key,
+                algorithms=[key.algorithm_name],  # the key's own: what the token says of it is not believed
                 audience=TOKEN_AUDIENCE,
                 issuer=self._issuer,
                 options={"require": ["exp", "iss", "aud"]},
@@ -67,15 +71,24 @@ class TokenVerifier:
 
     async def _key(self, kid: str) -> jwt.PyJWK:
         async with self._lock:
-            now = asyncio.get_running_loop().time()
-            if kid not in self._keys and now - self._fetched_at >= REFRESH_SECONDS:
-                self._fetched_at = now
-                keys = jwt.PyJWKSet.from_dict(await self._api.read(JWKS_PATH)).keys
-                self._keys = {key.key_id or "": key for key in keys}
-                self._issuer = (await self._api.read(DISCOVERY_PATH))["issuer"]
-        if kid not in self._keys:
-            raise Unauthorized("the token is signed by no key of this cluster")
-        return self._keys[kid]
+            if kid not in self._keys and asyncio.get_running_loop().time() >= self._next_fetch:
+                await self._fetch()
+        if kid in self._keys:
+            return self._keys[kid]
+        if self._failure is not None:
+            raise self._failure
+        raise Unauthorized("the token is signed by no key of this cluster")
+
+    async def _fetch(self) -> None:
+        now = asyncio.get_running_loop().time()
+        try:
+            keys = jwt.PyJWKSet.from_dict(await self._api.read(JWKS_PATH)).keys
+            issuer = (await self._api.read(DISCOVERY_PATH))["issuer"]
+        except KubeError as error:
+            self._failure, self._next_fetch = error, now + RETRY_SECONDS
+        else:
+            self._keys = {key.key_id or "": key for key in keys if key.algorithm_name in ALGORITHMS}
+            self._issuer, self._failure, self._next_fetch = issuer, None, now + REFRESH_SECONDS
 
 
 def _caller(claims: dict[str, Any]) -> Caller:

@@ -30,7 +30,10 @@ async def load_certificates(api: KubeApi, settings: Settings, now: datetime) -> 
     if fresh is not certificates:
         body = fresh.as_secret(namespace, name)
         body["metadata"]["resourceVersion"] = secret["metadata"]["resourceVersion"]
-        await api.replace(SECRETS, namespace, body)
+        try:
+            await api.replace(SECRETS, namespace, body)
+        except Conflict:  # another replica has renewed them
+            return await load_certificates(api, settings, now)
     return fresh
 
 

@@ -146,7 +146,8 @@ class KubeClient:
             method,
             path,
             query_params=list(query.items()),
-            header_params={"Accept": "application/json", "Content-Type": content_type},
+            # Not JSON alone: the API server calls its token keys application/jwk-set+json, and refuses who does not accept that.
+            header_params={"Accept": "application/json, */*", "Content-Type": content_type},
             body=body,
             auth_settings=["BearerToken"],
         )

@@ -12,15 +12,25 @@ from finetune_operator.plan.observation import Observation, timestamp
 
 _MESSAGE_LIMIT = 2048
 
+# What does not hold is told without the news of the day; Ready says those, whether it holds or not.
+_WHEN_FALSE: dict[ConditionType, tuple[str, str]] = {
+    ConditionType.RECONCILING: ("Reconciled", "the operator has nothing left to bring about"),
+    ConditionType.STALLED: ("NotStalled", "nobody's help is needed"),
+    ConditionType.SUSPENDED: ("NotSuspended", "spec.suspend is false"),
+    ConditionType.COMPLETE: ("NotComplete", "the job has not succeeded"),
+    ConditionType.FAILED: ("NotFailed", "the job has not failed"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Where a job is: one phase, one reason, one message, and whether somebody else must act."""
+    """Where a job is: one phase, one reason, one message, whether somebody else must act, and whether the operator still does."""
 
     phase: JobPhase
     reason: str
     message: str
     stalled: bool = False
+    under_way: bool = False
 
 
 def with_conditions(observed: Observation, status: JobStatus, situation: Situation) -> JobStatus:
@@ -29,7 +39,7 @@ def with_conditions(observed: Observation, status: JobStatus, situation: Situati
     done, failed = phase == JobPhase.SUCCEEDED, phase == JobPhase.FAILED
     suspended = phase == JobPhase.SUSPENDED
     stalled = situation.stalled or failed
-    ready = done or suspended or (phase == JobPhase.RUNNING and not stalled)
+    ready = done or (suspended and not situation.under_way) or (phase == JobPhase.RUNNING and not stalled)
     holds = {
         ConditionType.READY: ready,
         ConditionType.RECONCILING: not (ready or stalled),
@@ -49,11 +59,14 @@ def _condition(
 ) -> Condition:
     value = "True" if holds else "False"
     changed = known is None or known.status != value
+    reason, message = (
+        (situation.reason, situation.message) if holds else _WHEN_FALSE.get(kind, (situation.reason, situation.message))
+    )
     return Condition(
         type=kind,
         status=value,
-        reason=situation.reason,
-        message=situation.message[:_MESSAGE_LIMIT],
+        reason=reason,
+        message=message[:_MESSAGE_LIMIT],
         last_transition_time=timestamp(observed.now) if changed or known is None else known.last_transition_time,
         observed_generation=observed.job.metadata.generation,
     )

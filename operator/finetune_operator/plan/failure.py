@@ -53,6 +53,7 @@ _BY_EXIT_CODE: dict[int, tuple[FailureClass, str]] = {
     ExitCode.STORAGE_UNAVAILABLE: (FailureClass.KNOWN, "StorageUnavailable"),
     ExitCode.WRONG_WORLD: (FailureClass.KNOWN, "WrongWorldSize"),
     ExitCode.STALE: (FailureClass.KNOWN, "Stale"),
+    ExitCode.PORT_IN_USE: (FailureClass.KNOWN, "PortInUse"),
     ExitCode.SAVED: (FailureClass.KNOWN, "Preempted"),
     ExitCode.NUMERIC: (FailureClass.KNOWN, "NumericFailure"),
 }
@@ -86,7 +87,7 @@ def _member_failure(observed: Observation, gang: Gang, member: Member) -> Failur
     if said and said.state == AgentState.SUCCEEDED:
         return None
     killed = _out_of_memory(observed, pod)
-    if killed is not None and (said is None or said.state == AgentState.FAILED):
+    if killed is not None and said is not None and said.state == AgentState.FAILED and _was_killed(said):
         return killed
     if heard and said and said.state in (AgentState.FAILED, AgentState.STOPPED):
         return _reported(pod, member, heard, said)
@@ -107,6 +108,12 @@ def _out_of_memory(observed: Observation, pod: PodView | None) -> Failure | None
                 exit_code=container.exit_code or container.last_exit_code,
             )
     return None
+
+
+def _was_killed(said: Report) -> bool:
+    """Tell whether a worker or the agent was killed: a container keeps OOMKilled as its last state for ever, whatever ends it later."""
+    ends = [end for end in said.exits if end.generation == said.generation]
+    return not ends or any(end.exit_code is None for end in ends)
 
 
 def _reported(pod: PodView | None, member: Member, heard: Heard, said: Report) -> Failure:
@@ -130,7 +137,7 @@ def _from_exit(pod: PodView | None, member: Member, heard: Heard, end: Exit) -> 
         how = f"by signal {_signal_name(end.signal)}"
     else:
         failure_class, reason = _BY_EXIT_CODE.get(end.exit_code or 0, (FailureClass.ERROR, "WorkerFailed"))
-        how = f"with exit code {end.exit_code}"
+        how = "without an exit code" if end.exit_code is None else f"with exit code {end.exit_code}"
     who = f"rank {end.rank}" if end.rank >= 0 else "the launcher"
     message = end.message if failure_class >= FailureClass.KNOWN and end.message else f"{who} ended {how}"
     if end.message and message != end.message:

@@ -55,6 +55,14 @@ def next_generation(observed: Observation, gang: Gang) -> Gang:
     return unset_gang(workers.nodes, workers.local_processes, max(gang.generation, started) + 1)
 
 
+def resized(observed: Observation, gang: Gang) -> Gang:
+    """Return a gang without members in the size that spec asks for now, else one that cannot be placed could never be made smaller."""
+    workers = observed.job.spec.workers
+    if (gang.nodes, gang.processes_per_node) == (workers.nodes, workers.local_processes):
+        return gang
+    return next_generation(observed, gang)
+
+
 def with_attempt(observed: Observation, status: JobStatus, gang: Gang, failure: Failure) -> JobStatus:
     """Return ``status`` with the end of ``gang`` among its attempts."""
     attempt = Attempt(
@@ -104,7 +112,7 @@ def backoff_seconds(observed: Observation, status: JobStatus) -> float:
     """Return how long the next incarnation still has to wait: 0 after the first quick failure, then 2, 4, 8 … seconds."""
     quick = 0
     for attempt in reversed(status.attempts):
-        if attempt.start_time is None or _lasted(attempt) >= QUICK_FAILURE_SECONDS:
+        if _lasted(attempt) >= QUICK_FAILURE_SECONDS:
             break
         quick += 1
     if quick < 2:
@@ -114,5 +122,6 @@ def backoff_seconds(observed: Observation, status: JobStatus) -> float:
 
 
 def _lasted(attempt: Attempt) -> float:
-    assert attempt.start_time is not None
+    if attempt.start_time is None:  # it never was complete
+        return 0.0
     return (instant(attempt.end_time) - instant(attempt.start_time)).total_seconds()

@@ -2,9 +2,8 @@
 
 from datetime import timedelta
 
-from finetune_api.contract import ExitCode
 from finetune_api.protocol import AgentState, Phase
-from finetune_api.status import Gang, JobPhase, JobStatus
+from finetune_api.status import ConditionType, Gang, JobPhase, JobStatus
 from finetune_operator.plan.conditions import Situation, with_conditions
 from finetune_operator.plan.failure import Failure, FailureClass, find_cause, lost_before_start
 from finetune_operator.plan.gang import (
@@ -12,6 +11,7 @@ from finetune_operator.plan.gang import (
     choose_pods,
     missing_pods,
     next_generation,
+    resized,
     restarts_left,
     surplus_pods,
     with_attempt,
@@ -21,6 +21,8 @@ from finetune_operator.plan.gang import (
 from finetune_operator.plan.observation import Observation, Plan, instant, is_final, timestamp, unset_gang
 from finetune_operator.plan.pending import is_blocked, waiting_for
 from finetune_operator.plan.progress import fold_reports
+
+NOBODYS_FAULT = frozenset({"Preempted", "PortInUse"})  # reasons that use no restart of the budget
 
 
 def plan_job(observed: Observation) -> Plan:
@@ -37,9 +39,12 @@ def plan_job(observed: Observation) -> Plan:
         return _plan_deadline(observed)
     workers = observed.job.spec.workers
     gang = status.gang or unset_gang(workers.nodes, workers.local_processes, 1)
-    if observed.job.spec.suspend:
+    leaving = bool(gang.members) and (observed.job.spec.suspend or _is_suspended(status))
+    if leaving and all(pod.ended for pod in observed.pods):
+        gang, leaving = next_generation(observed, gang), False
+    if observed.job.spec.suspend or leaving:
         return _plan_suspended(observed, gang)
-    return _plan_members(observed, gang) if gang.members else _plan_assembly(observed, status, gang)
+    return _plan_members(observed, gang) if gang.members else _plan_assembly(observed, status, resized(observed, gang))
 
 
 def _plan_members(observed: Observation, gang: Gang) -> Plan:
@@ -61,12 +66,12 @@ def _plan_failure(observed: Observation, status: JobStatus, gang: Gang, failure:
     status = with_attempt(observed, status, gang, failure)
     if failure.failure_class == FailureClass.TERMINAL:
         return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, failure.reason, failure.message))
-    saved_on_request = failure.exit_code == ExitCode.SAVED or failure.reason == "Preempted"
-    if not saved_on_request and restarts_left(observed, status) <= 0:
+    is_free = failure.reason in NOBODYS_FAULT
+    if not is_free and restarts_left(observed, status) <= 0:
         spent = observed.job.spec.recovery.max_restarts
         message = f"gave up after {spent} restarts (recovery.maxRestarts); last: {failure.reason}: {failure.message}"
         return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, "RestartsExhausted", message))
-    if not saved_on_request:
+    if not is_free:
         status = with_restart(observed, status, failure)
     return _plan_assembly(observed, status, next_generation(observed, gang))
 
@@ -79,6 +84,8 @@ def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan
         return _plan_failure(observed, status, gang, lost)
     complete = with_members(observed, gang, chosen)
     delay = backoff_seconds(observed, status)
+    missing = missing_pods(gang, chosen)
+    problem = observed.problem if missing else None  # pods cannot be made of such a spec
     if complete is not None and delay <= 0:
         gang = complete
         status = status.model_copy(update={"start_time": status.start_time or timestamp(observed.now)})
@@ -87,28 +94,32 @@ def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan
         message = f"all pods are ready; waiting {delay:.0f} s after repeated failures"
         situation = Situation(_starting_phase(gang), "BackingOff", message)
     else:
-        why = waiting_for(observed, chosen, gang.nodes)
+        why = problem or waiting_for(observed, chosen, gang.nodes)
         phase = JobPhase.PENDING if gang.generation == 1 else JobPhase.RECOVERING
-        situation = Situation(phase, why.reason, why.message, stalled=is_blocked(why))
+        situation = Situation(phase, why.reason, why.message, stalled=problem is not None or is_blocked(why))
     status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
     return Plan(
         status,
-        create=missing_pods(gang, chosen),
+        create=() if problem else missing,
         delete=surplus_pods(observed, gang, chosen),
         look_again_seconds=_soonest(delay or None, _deadline_seconds(observed)),
     )
 
 
 def _plan_suspended(observed: Observation, gang: Gang) -> Plan:
-    """Pods are deleted first, so that their agents have the workers save; the generation ends when all are gone."""
+    """Pods are deleted first, so that their agents have the workers save; the generation ends when all are gone.
+
+    A suspension that has begun comes to this end even if spec.suspend is false again meanwhile: pods that the operator itself deleted
+    are no failure.
+    """
     status = fold_reports(observed, gang, observed.status)
     alive = tuple(pod for pod in observed.pods if not pod.ended)
     if alive:
-        situation = Situation(JobPhase.SUSPENDED, "Suspending", f"{len(alive)} pods are saving and leaving")
+        message = f"{len(alive)} pods are saving and leaving"
+        situation = Situation(JobPhase.SUSPENDED, "Suspending", message, under_way=True)
         if not gang.members and any(pod.generation == gang.generation for pod in alive):
             gang = next_generation(observed, gang)  # their names are taken for as long as they are leaving
     else:
-        gang = next_generation(observed, gang) if gang.members else gang
         situation = Situation(JobPhase.SUSPENDED, "Suspended", "spec.suspend is true; no pod is kept")
     status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
     return Plan(status, delete=tuple(pod for pod in alive if not pod.deleting))
@@ -157,6 +168,10 @@ def _deadline_seconds(observed: Observation) -> float | None:
     if seconds is None or started is None:
         return None
     return (instant(started) + timedelta(seconds=seconds) - observed.now).total_seconds()
+
+
+def _is_suspended(status: JobStatus) -> bool:
+    return any(c.type == ConditionType.SUSPENDED and c.status == "True" for c in status.conditions)
 
 
 def _states(observed: Observation, gang: Gang) -> list[AgentState]:

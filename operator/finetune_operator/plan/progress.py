@@ -49,7 +49,7 @@ def _progress(new: Progress, known: JobProgress | None, observed: Observation) -
         return known
     if remaining is None:
         return folded
-    eta = timestamp(observed.now + timedelta(seconds=min(remaining, 315360000)))
+    eta = timestamp(observed.now + timedelta(seconds=max(0.0, min(remaining, 315360000))))
     return folded.model_copy(update={"estimated_completion_time": eta})
 
 
@@ -57,7 +57,8 @@ _TIMES = {"update_time", "estimated_completion_time"}
 
 
 def _evaluation(new: Evaluation) -> JobEvaluation:
-    metrics = [MetricValue(name=metric.name[:64], value=f"{metric.value:.4g}") for metric in new.metrics[:32]]
+    values = {metric.name[:64]: f"{metric.value:.4g}" for metric in new.metrics[:32]}  # the list is keyed by name
+    metrics = [MetricValue(name=name, value=value) for name, value in values.items()]
     return JobEvaluation(step=new.step, metrics=metrics)
 
 
@@ -79,4 +80,5 @@ def _rounded(value: float | None) -> float | None:
     """Five significant digits: what people read, and small enough that noise alone is no change worth a write."""
     if value is None or value == 0:
         return value
-    return round(value, 4 - math.floor(math.log10(abs(value))))
+    rounded = float(f"{value:.5g}")
+    return rounded if math.isfinite(rounded) else value

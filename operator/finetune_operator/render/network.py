@@ -3,6 +3,7 @@
 Link-local addresses stay out of reach whatever the store's ranges are: the metadata service of a cloud lives there.
 """
 
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from urllib.parse import urlsplit
 
 from finetune_api import contract
@@ -11,7 +12,7 @@ from finetune_operator.kube_object import KubeObject
 from finetune_operator.render.names import child_metadata, child_name
 from finetune_operator.settings import Settings
 
-LINK_LOCAL = "169.254.0.0/16"
+LINK_LOCAL = (ip_network("169.254.0.0/16"), ip_network("fe80::/10"))
 OPERATOR_SELECTOR = {"app.kubernetes.io/name": contract.MANAGER}
 
 
@@ -54,9 +55,23 @@ def _store(job: FineTuneJob, settings: Settings) -> list[KubeObject]:
     ports = {parts.port or (443 if parts.scheme == "https" else 80)}
     if job.spec.recipe is not None and job.spec.recipe.model.source.startswith("hf://"):
         ports.add(443)
-    blocks = [{"ipBlock": {"cidr": cidr, **_except(cidr)}} for cidr in settings.storage_cidrs]
+    blocks = [
+        {"ipBlock": {"cidr": cidr, **_except(cidr)}} for cidr in settings.storage_cidrs if not _is_link_local(cidr)
+    ]
+    if not blocks:
+        return []  # an empty list of peers would mean everywhere
     return [{"to": blocks, "ports": [{"protocol": "TCP", "port": port} for port in sorted(ports)]}]
 
 
 def _except(cidr: str) -> dict[str, list[str]]:
-    return {"except": [LINK_LOCAL]} if cidr == "0.0.0.0/0" else {}
+    within = [str(network) for network in LINK_LOCAL if _contains(cidr, network)]
+    return {"except": within} if within else {}
+
+
+def _is_link_local(cidr: str) -> bool:
+    return any(_contains(str(network), ip_network(cidr)) for network in LINK_LOCAL)
+
+
+def _contains(outer: str, inner: IPv4Network | IPv6Network) -> bool:
+    network = ip_network(outer)
+    return network.version == inner.version and network.overlaps(inner) and network.prefixlen <= inner.prefixlen

@@ -1,5 +1,6 @@
 """Sums of Kubernetes quantities."""
 
+import re
 from decimal import Decimal
 
 _FACTORS = {
@@ -12,11 +13,10 @@ _FACTORS = {
 
 def quantity_value(quantity: str) -> Decimal:
     """Return the number that a quantity stands for: bytes, cores. Raises ``ValueError`` when it is none."""
-    digits = quantity.rstrip("mkKMGTPi")
-    suffix = quantity[len(digits) :]
-    if suffix not in _FACTORS or not digits:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-zA-Z]*)", quantity, re.ASCII)
+    if match is None or match[2] not in _FACTORS:
         raise ValueError(f"not a quantity: {quantity!r}")
-    return Decimal(digits) * _FACTORS[suffix]
+    return Decimal(match[1]) * _FACTORS[match[2]]
 
 
 def total_bytes(*quantities: str) -> str:

@@ -1,0 +1,77 @@
+"""What the pod tells its agent: environment, job file and the folder that agent.pyz lies in."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Mapping
+
+from finetune_api import contract
+from finetune_api.protocol import JobFile, from_wire
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that an agent is told once. ``folder`` is its own, below the one of agent.pyz."""
+
+    job: JobFile
+    pod_name: str
+    pod_uid: str
+    address: str
+    agent_file: str
+    folder: Path
+    job_file: Path
+    token_file: Path
+    termination_log: Path
+    grace_seconds: float
+
+    @property
+    def ca_file(self) -> Path:
+        """Where the CA bundle lies, beside the job file."""
+        return self.job_file.parent / Path(contract.CA_FILE).name
+
+    @property
+    def recipe_file(self) -> Path:
+        """Where the recipe lies, beside the job file."""
+        return self.job_file.parent / Path(contract.RECIPE_FILE).name
+
+
+def read_settings(environment: Mapping[str, str], agent_file: str) -> Settings:
+    """Read what the operator rendered.
+
+    Raises:
+        ValueError: something is missing or wrong; the message names it.
+    """
+    job_file = Path(environment.get(contract.JOB_FILE_VARIABLE, contract.JOB_FILE))
+    agent_path = Path(agent_file).resolve()
+    folder = agent_path.parent / "agent"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Settings(
+        job=read_job(job_file),
+        pod_name=environment.get(contract.POD_NAME, ""),
+        pod_uid=_required(environment, contract.POD_UID),
+        address=_required(environment, contract.POD_ADDRESS),
+        agent_file=str(agent_path),
+        folder=folder,
+        job_file=job_file,
+        token_file=Path(environment.get(contract.TOKEN_FILE_VARIABLE, contract.TOKEN_FILE)),
+        termination_log=Path(environment.get(contract.TERMINATION_LOG_VARIABLE, contract.TERMINATION_LOG)),
+        grace_seconds=float(environment.get(contract.GRACE_SECONDS, contract.DEFAULT_GRACE_SECONDS)),
+    )
+
+
+def read_job(path: Path) -> JobFile:
+    """Read job.json.
+
+    Raises:
+        ValueError: it is not there or makes no sense.
+    """
+    try:
+        return from_wire(JobFile, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(str(path) + ": " + str(error)) from error
+
+
+def _required(environment: Mapping[str, str], name: str) -> str:
+    if not environment.get(name):
+        raise ValueError("the variable " + name + " must be set")
+    return environment[name]

@@ -1,0 +1,1 @@
+"""Tests. A package, so that `python -m tests.cluster` and `from tests.cluster import Cluster` work."""

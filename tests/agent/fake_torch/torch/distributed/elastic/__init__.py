@@ -1,0 +1,1 @@
+"""See distributed/run.py."""

@@ -1,0 +1,4 @@
+class ChildFailedError(Exception):
+    def __init__(self, failures):
+        super().__init__("failed")
+        self.failures = {}

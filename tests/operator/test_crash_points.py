@@ -1,0 +1,150 @@
+"""Killing the operator after any of its writes changes nothing in the end.
+
+One life of a job (start, failure, lost pod, suspension, resumption, success, clean-up) is played once without a crash, and then again and
+again, dying after the first write, the second, and so on: a new process takes over, knowing only what the API server knows.
+"""
+
+import pytest
+
+from finetune_operator.kube.api import PODS
+from finetune_operator.kube.errors import Unavailable
+from tests.operator.fake_api import Crash
+from tests.operator.simulation import KEY, Cluster
+
+SPEC = "{podTTLSecondsAfterFinished: 100, ttlSecondsAfterFinished: 1000}"
+
+
+async def survive(cluster: Cluster) -> None:
+    """Settle, with a new operator process whenever one dies."""
+    while True:
+        try:
+            await cluster.settle()
+        except Crash:
+            cluster.restart_operator()
+        except Unavailable:
+            continue  # the queue hands the key out again
+        else:
+            return
+
+
+async def live(cluster: Cluster) -> list[str]:
+    """Play a job's life; return what was to be seen of it on the way."""
+    seen = []
+
+    async def scene() -> None:
+        await survive(cluster)
+        cluster.check()
+        status = cluster.status
+        conditions = sorted(c["type"] for c in status.get("conditions", ()) if c["status"] == "True")
+        attempts = [(attempt["generation"], attempt["reason"]) for attempt in status.get("attempts", ())]
+        pods = sorted(pod["metadata"]["name"] for pod in cluster.pods())
+        others = sorted(f"{plural}/{name}" for plural, _, name in cluster.api.objects if plural != "pods")
+        seen.append(
+            f"{cluster.phase} {cluster.generation} {conditions} {attempts} {status.get('restarts')} {pods} {others}"
+        )
+
+    await scene()
+    uid = status_members(cluster)[1]
+    cluster.agents[uid].worker_ends(76, message="NaN")
+    await scene()
+    cluster.wait(100)
+    cluster.remove_pod(status_members(cluster)[0])
+    await scene()
+    cluster.edit(suspend=True)
+    await scene()
+    cluster.edit(suspend=False)
+    await scene()
+    cluster.train()
+    await scene()
+    cluster.wait(101)
+    await scene()
+    cluster.wait(1000)
+    await scene()
+    return seen
+
+
+def status_members(cluster: Cluster) -> list[str]:
+    return [member["uid"] for member in cluster.status["gang"]["members"]]
+
+
+UNDISTURBED = [
+    "Running 1 ['Ready'] [] None ['sentiment-aaaaa-0-1', 'sentiment-aaaaa-1-1']",
+    "Running 2 ['Ready'] [(1, 'NumericFailure')] 1 ['sentiment-aaaaa-0-1', 'sentiment-aaaaa-1-1']",
+    "Running 3 ['Ready'] [(1, 'NumericFailure'), (2, 'PodDeleted')] 2 ['sentiment-aaaaa-0-3', 'sentiment-aaaaa-1-1']",
+    "Suspended 4 ['Ready', 'Suspended'] [(1, 'NumericFailure'), (2, 'PodDeleted')] 2 []",
+    "Running 4 ['Ready'] [(1, 'NumericFailure'), (2, 'PodDeleted')] 2 ['sentiment-aaaaa-0-4', 'sentiment-aaaaa-1-4']",
+    "Succeeded 4 ['Complete', 'Ready'] [(1, 'NumericFailure'), (2, 'PodDeleted')] 2 ['sentiment-aaaaa-0-4', 'sentiment-aaaaa-1-4']",
+    "Succeeded 4 ['Complete', 'Ready'] [(1, 'NumericFailure'), (2, 'PodDeleted')] 2 []",
+    " 0 [] [] None []",
+]
+
+
+async def undisturbed() -> tuple[list[str], Cluster]:
+    cluster = Cluster(SPEC)
+    return await live(cluster), cluster
+
+
+async def test_a_whole_life_without_a_crash() -> None:
+    seen, cluster = await undisturbed()
+    short = [line.split(" {")[0] for line in seen]
+    assert [line.split(" [")[0] for line in short] == [line.split(" [")[0] for line in UNDISTURBED]
+    for line, expected in zip(seen, UNDISTURBED, strict=True):
+        names = expected.rsplit(" [", 1)[1]
+        assert f"[{names}" in line
+    assert seen[-1].endswith("[] []"), "the garbage collector has taken ConfigMap and NetworkPolicy along"
+    assert set(cluster.api.pods_created.values()) == {1}
+
+
+@pytest.mark.parametrize("how", ["dies after", "gets no answer to", "is refused"])
+async def test_an_operator_that_fails_at_any_write_reaches_the_same_end(how: str) -> None:
+    expected, cluster = await undisturbed()
+    total = len(cluster.api.writes)
+    assert total > 20
+    for k in range(total):
+        cluster = Cluster(SPEC)
+        if how == "dies after":
+            cluster.api.crash_after = k
+        else:
+            _fail_at(cluster, k, "lost" if how == "gets no answer to" else "refused")
+        seen = await live(cluster)
+        assert seen == expected, f"an operator that {how} write {k}"
+        assert set(cluster.api.pods_created.values()) == {1}, "each place is filled once for each generation"
+
+
+def _fail_at(cluster: Cluster, k: int, how: str) -> None:
+    inner = cluster.api._write
+    count = iter(range(10**9))
+
+    def write(what: str):
+        if next(count) == k:
+            cluster.api.fail_next = how
+        return inner(what)
+
+    cluster.api._write = write
+
+
+async def test_the_orders_of_writes_in_a_start_are_status_then_shared_objects_then_pods() -> None:
+    cluster = Cluster()
+    await cluster.reconcile()
+    assert cluster.api.writes == [
+        "status finetunejobs/sentiment",
+        "apply configmaps/sentiment-aaaaa",
+        "apply networkpolicies/sentiment-aaaaa",
+        "create pods/sentiment-aaaaa-0-1",
+        "create pods/sentiment-aaaaa-1-1",
+    ]
+
+
+async def test_a_life_from_start_to_success_costs_no_more_writes_than_promised() -> None:
+    """Design P6: at most 6 writes and 1 for each pod, without progress."""
+    cluster = Cluster()
+    await cluster.settle()
+    cluster.train()
+    await cluster.settle()
+    writes = [write for write in cluster.api.writes if not write.startswith("create pods")]
+    assert cluster.phase == "Succeeded"
+    assert len(cluster.api.writes) - len(writes) == 2
+    assert len(writes) <= 8, writes
+    assert not cluster.pods() or all(pod["status"]["phase"] == "Succeeded" for pod in cluster.pods())
+    assert cluster.api.bodies(PODS) == cluster.pods()
+    assert KEY == ("team-a", "sentiment")

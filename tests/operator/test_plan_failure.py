@@ -1,0 +1,383 @@
+"""What a gang does about failures: which one is the cause, what it costs, and when to give up."""
+
+from dataclasses import replace
+
+import pytest
+
+from finetune_api.contract import ExitCode
+from finetune_api.protocol import AgentState, Exit
+from finetune_operator.plan.observation import NewPod
+from tests.operator.story import RUNNING, Story, document
+
+OOM_NOW = replace(RUNNING, last_exit_code=137, last_exit_reason="OOMKilled", restart_count=1)
+
+
+def test_a_worker_that_fails_ends_its_generation_and_the_same_pods_start_the_next_one() -> None:
+    story = Story().trains()
+    story.wait(100)
+    story.worker_ends(1, 1, message="ValueError: no")
+    story.wait(0.2)
+    story.worker_ends(0, 1, message="RuntimeError: connection reset by peer")
+    plan = story.go()
+    assert (plan.create, plan.delete) == ((), ())
+    assert story.status == document("""
+      observedGeneration: 1
+      phase: Recovering
+      startTime: "2026-01-01T12:00:00Z"
+      gang:
+        generation: 2
+        nodes: 2
+        processesPerNode: 1
+        ready: 0
+        startTime: "2026-01-01T12:01:40Z"
+        masterAddress: 10.0.0.0
+        masterPort: 29500
+        members: [{rank: 0, pod: sentiment-aaaaa-0-1, uid: pod-1}, {rank: 1, pod: sentiment-aaaaa-1-1, uid: pod-2}]
+      restarts:
+        total: 1
+        used: 1
+        windowStart: "2026-01-01T12:01:40Z"
+        byReason: [{reason: WorkerFailed, count: 1}]
+      attempts:
+      - generation: 1
+        startTime: "2026-01-01T12:00:00Z"
+        endTime: "2026-01-01T12:01:40Z"
+        reason: WorkerFailed
+        message: "rank 1 ended with exit code 1: ValueError: no"
+        pod: sentiment-aaaaa-1-1
+        node: node-1
+        rank: 1
+        exitCode: 1
+    """)
+    assert story.holds == {"Reconciling"}
+    story.workers_train()
+    story.go()
+    assert (story.phase, story.generation) == ("Running", 2)
+
+
+def test_a_lone_python_error_may_be_an_echo_so_the_others_get_a_second_to_report() -> None:
+    story = Story().trains()
+    story.worker_ends(0, 1, message="RuntimeError: connection reset by peer")
+    plan = story.go()
+    assert (story.generation, plan.look_again_seconds) == (1, 1.0)
+    story.wait(0.4)
+    assert story.go().look_again_seconds == pytest.approx(0.6)
+    story.worker_ends(1, signal=11)
+    story.go()
+    assert (story.generation, story.attempts) == (2, ["WorkerKilled"])
+    assert story.job.status.attempts[0].message == "rank 1 ended by signal SIGSEGV"
+
+
+def test_a_lone_python_error_is_believed_after_a_second() -> None:
+    story = Story().trains()
+    story.worker_ends(0, 1)
+    story.go()
+    story.wait(1.0)
+    story.go()
+    assert (story.generation, story.attempts) == (2, ["WorkerFailed"])
+
+
+CAUSES = {
+    "a Python error heard first is the cause of one heard later": (
+        lambda s: (s.worker_ends(1, 1), s.wait(0.1), s.worker_ends(0, 1)),
+        ("WorkerFailed", 1),
+    ),
+    "a signal is the cause of a Python error heard before it": (
+        lambda s: (s.worker_ends(1, 1), s.wait(0.1), s.worker_ends(0, signal=7)),
+        ("WorkerKilled", 0),
+    ),
+    "what the trainer says is the cause of a signal": (
+        lambda s: (s.worker_ends(1, signal=6), s.worker_ends(0, ExitCode.STORAGE_UNAVAILABLE)),
+        ("StorageUnavailable", 0),
+    ),
+    "a NaN is told by its name": (lambda s: s.worker_ends(0, ExitCode.NUMERIC), ("NumericFailure", 0)),
+    "a wrong world size is told by its name": (lambda s: s.worker_ends(0, ExitCode.WRONG_WORLD), ("WrongWorldSize", 0)),
+    "a stale incarnation is told by its name": (lambda s: s.worker_ends(0, ExitCode.STALE), ("Stale", 0)),
+    "a pod that went away is the cause of what its peers say": (
+        lambda s: (s.worker_ends(1, ExitCode.STORAGE_UNAVAILABLE), s.change(0, deleting=True)),
+        ("PodDeleted", None),
+    ),
+    "a pod that failed is told with the kubelet's words": (
+        lambda s: s.change(0, phase="Failed", reason="Evicted", message="The node was low on resource: memory."),
+        ("PodFailed", None),
+    ),
+    "a container killed at its memory limit is the cause of a lost peer": (
+        lambda s: (s.change(0, containers=(OOM_NOW,)), s.worker_ends(0, who=-1), s.vanish(1)),
+        ("OutOfMemory", None),
+    ),
+    "a worker killed by its own stop is a signal, not a lack of memory": (
+        lambda s: (s.worker_ends(0, signal=9), s.worker_ends(1, 1)),
+        ("WorkerKilled", 0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fault", "cause"), CAUSES.values(), ids=CAUSES.keys())
+def test_the_cause_is_the_most_telling_failure(fault, cause: tuple[str, int | None]) -> None:
+    story = Story().trains()
+    fault(story)
+    story.go()
+    attempt = story.job.status.attempts[0]
+    assert ((attempt.reason, attempt.rank), story.generation, story.restarts) == (cause, 2, 1)
+
+
+def test_a_worker_that_fails_on_a_pod_of_several_processes_is_named_by_its_global_rank() -> None:
+    story = Story("workers: {processesPerNode: 4}").trains()
+    story.worker_ends(1, signal=11, who=6)
+    story.worker_ends(0, 1)
+    story.go()
+    assert story.job.status.attempts[0].rank == 6
+    assert story.job.status.gang.processes_per_node == 4
+
+
+TERMINAL = {
+    "bad data fails the job at once": (ExitCode.BAD_DATA, "BadData"),
+    "a bad configuration fails the job at once": (ExitCode.BAD_CONFIG, "BadConfig"),
+    "a lack of permission fails the job at once": (ExitCode.NO_PERMISSION, "NoPermission"),
+}
+
+
+@pytest.mark.parametrize(("code", "reason"), TERMINAL.values(), ids=TERMINAL.keys())
+def test_terminal_exit_codes(code: int, reason: str) -> None:
+    story = Story().trains()
+    story.wait(60)
+    story.worker_ends(0, 1)
+    story.worker_ends(1, code, message="train.jsonl:3: no field 'text'")
+    plan = story.go()
+    assert (plan.create, plan.delete) == ((), ())
+    assert (story.phase, story.holds, story.restarts) == ("Failed", {"Failed", "Stalled"}, 0)
+    assert story.say() == f"{reason}: train.jsonl:3: no field 'text'"
+    assert story.status["completionTime"] == "2026-01-01T12:01:00Z"
+    assert story.status["attempts"][0]["exitCode"] == code
+    assert [story.order(rank).action for rank in (0, 1)] == ["Finish", "Finish"]
+
+
+FREE = {
+    "an eviction": lambda s: s.change(1, disruption="EvictionByEvictionAPI", deleting=True),
+    "a preemption by the scheduler": lambda s: s.change(1, disruption="PreemptionByScheduler", phase="Failed"),
+    "a worker that saved because it was asked to": lambda s: s.worker_ends(1, ExitCode.SAVED),
+    "a port that was taken meanwhile": lambda s: s.worker_ends(0, ExitCode.PORT_IN_USE, who=-1),
+}
+
+
+@pytest.mark.parametrize("fault", FREE.values(), ids=[f"{name} costs no restart" for name in FREE])
+def test_what_nobody_is_to_blame_for_costs_nothing(fault) -> None:
+    story = Story("recovery: {maxRestarts: 0}").trains()
+    fault(story)
+    story.go()
+    story.wait(1)
+    story.go()
+    assert (story.generation, story.restarts, len(story.attempts)) == (2, 0, 1)
+    assert story.recovers().generation == 2
+
+
+def test_a_lost_pod_is_replaced_under_a_new_name_and_the_survivor_keeps_its_place() -> None:
+    story = Story().trains()
+    story.change(1, deleting=True, node="node-1")
+    plan = story.go()
+    assert plan.create == (NewPod(1, 2),)
+    assert [pod.name for pod in story.pods.values()] == [
+        "sentiment-aaaaa-0-1",
+        "sentiment-aaaaa-1-1",
+        "sentiment-aaaaa-1-2",
+    ]
+    assert story.order(0).action == "Wait"
+    assert story.order(0).generation == 2, "the survivor ends generation 1"
+    story.pods_start()
+    story.go()
+    assert [member.uid for member in story.job.status.gang.members] == ["pod-1", "pod-3"]
+
+
+def test_a_pod_that_dies_before_the_gang_is_complete_is_replaced_under_the_next_generation() -> None:
+    story = Story().trains()
+    story.vanish(1)
+    story.go()
+    story.change(1, phase="Failed", reason="UnexpectedAdmissionError", message="no device")
+    plan = story.go()
+    assert plan.create == (NewPod(1, 3),)
+    assert (story.generation, story.attempts) == (3, ["PodDeleted", "PodFailed"])
+    assert story.job.status.attempts[1].start_time is None
+
+
+def test_a_pod_that_vanishes_before_it_started_is_simply_made_again() -> None:
+    story = Story()
+    story.go()
+    story.vanish(1)
+    assert story.go().create == (NewPod(1, 1),)
+    assert (story.attempts, story.restarts) == ([], 0)
+
+
+def test_a_member_that_has_succeeded_is_not_missed_when_its_pod_goes() -> None:
+    story = Story().trains()
+    story.workers_succeed(1)
+    story.change(1, deleting=True)
+    story.go()
+    assert story.generation == 1
+    story.workers_succeed(0)
+    story.go()
+    assert story.phase == "Succeeded"
+
+
+def test_a_generation_is_minted_above_any_that_an_agent_has_started() -> None:
+    story = Story().trains()
+    story.report(0, generation=7, state=AgentState.RUNNING)
+    story.vanish(1)
+    story.go()
+    assert story.generation == 8
+
+
+def test_restarts_are_counted_by_reason_and_exhausting_them_fails_the_job() -> None:
+    story = Story("recovery: {maxRestarts: 2}").trains()
+    for fault in (lambda: story.worker_ends(0, signal=11), lambda: story.vanish(1)):
+        story.wait(100)
+        fault()
+        story.go()
+        story.wait(1)
+        story.recovers()
+    assert story.status["restarts"]["byReason"] == [
+        {"reason": "PodDeleted", "count": 1},
+        {"reason": "WorkerKilled", "count": 1},
+    ]
+    story.worker_ends(0, ExitCode.NUMERIC, message="loss is NaN at step 7")
+    plan = story.go()
+    assert plan.create == ()
+    assert (story.phase, story.restarts, story.holds) == ("Failed", 2, {"Failed", "Stalled"})
+    assert story.say() == (
+        "RestartsExhausted: gave up after 2 restarts (recovery.maxRestarts); last: NumericFailure: loss is NaN at step 7"
+    )
+    assert story.attempts == ["WorkerKilled", "PodDeleted", "NumericFailure"]
+
+
+def test_the_budget_is_whole_again_after_its_window() -> None:
+    story = Story("recovery: {maxRestarts: 1, windowSeconds: 3600}").trains()
+    for _ in range(3):
+        story.worker_ends(0, signal=11)
+        story.worker_ends(1, 1)
+        story.go()
+        story.recovers()
+        story.wait(3600)
+    assert (story.phase, story.restarts, story.status["restarts"]["used"]) == ("Running", 3, 1)
+    assert story.status["restarts"]["windowStart"] == "2026-01-01T14:00:00Z"
+
+
+def test_only_the_last_ten_attempts_are_kept() -> None:
+    story = Story("recovery: {maxRestarts: 100}").trains()
+    for _ in range(12):
+        story.wait(100)
+        story.worker_ends(0, ExitCode.NUMERIC)
+        story.go()
+        story.recovers()
+    assert [attempt.generation for attempt in story.job.status.attempts] == list(range(3, 13))
+
+
+def test_a_container_killed_for_memory_is_told_with_what_to_do() -> None:
+    story = Story().trains()
+    story.change(1, containers=(OOM_NOW,))
+    story.report(
+        1, state=AgentState.FAILED, exits=[Exit(1, -1, None, None, "the agent process ended while this generation ran")]
+    )
+    story.go()
+    attempt = story.job.status.attempts[0]
+    assert (attempt.reason, attempt.pod, attempt.exit_code) == ("OutOfMemory", "sentiment-aaaaa-1-1", 137)
+    assert attempt.message == "pod sentiment-aaaaa-1-1 was killed at its memory limit; raise workers.resources.memory"
+
+
+def test_a_container_once_killed_for_memory_is_not_blamed_for_later_generations() -> None:
+    """``lastState`` of a container keeps OOMKilled for ever."""
+    story = Story().trains()
+    story.change(1, containers=(OOM_NOW,))
+    story.worker_ends(1, who=-1)
+    story.go()
+    assert story.generation == 2
+    story.go()
+    assert story.generation == 2, "its agent has not even started generation 2"
+    assert story.recovers().generation == 2
+    story.worker_ends(1, ExitCode.STORAGE_UNAVAILABLE)
+    story.go()
+    assert story.attempts == ["OutOfMemory", "StorageUnavailable"]
+
+
+def test_a_member_that_no_operator_process_has_heard_yet_is_not_taken_for_dead() -> None:
+    story = Story().trains()
+    story.heard.clear()
+    story.wait(3600)
+    plan = story.go()
+    assert (story.generation, story.attempts, plan.create) == (1, [], ())
+    story.workers_train()
+    story.go()
+    assert story.phase == "Running"
+
+
+def test_reports_of_lower_generations_say_nothing_of_the_present_one() -> None:
+    story = Story().trains()
+    story.worker_ends(0, 1)
+    story.worker_ends(1, 1)
+    story.go()
+    assert story.generation == 2
+    story.go()
+    assert (story.generation, story.job.status.gang.ready) == (2, 0)
+
+
+def test_an_agent_that_stopped_without_being_told_to_has_failed() -> None:
+    story = Story().trains()
+    story.report(0, state=AgentState.STOPPED)
+    story.report(1, state=AgentState.STOPPED)
+    story.go()
+    assert (story.generation, story.attempts) == (2, ["WorkerFailed"])
+    assert story.job.status.attempts[0].message == "the agent of pod sentiment-aaaaa-0-1 reports Stopped and no reason"
+
+
+def test_exits_of_former_generations_are_no_failure_of_this_one() -> None:
+    story = Story().trains()
+    story.worker_ends(0, 1)
+    story.worker_ends(1, 1)
+    story.go()
+    old = Exit(1, 0, ExitCode.BAD_DATA)
+    story.report(0, generation=2, state=AgentState.FAILED, exits=[old, Exit(2, 0, 1)])
+    story.report(1, generation=2, state=AgentState.FAILED, exits=[old, Exit(2, 1, 1)])
+    story.go()
+    assert (story.phase, story.attempts) == ("Recovering", ["WorkerFailed", "WorkerFailed"])
+
+
+def test_quick_failures_in_a_row_wait_longer_and_longer_and_a_long_run_ends_the_series() -> None:
+    story = Story("recovery: {maxRestarts: 100}").trains()
+    waits = []
+    for _ in range(4):
+        story.wait(10)
+        story.worker_ends(0, ExitCode.NUMERIC)
+        plan = story.go()
+        waits.append(plan.look_again_seconds)
+        if plan.look_again_seconds:
+            assert (
+                story.say()
+                == f"BackingOff: all pods are ready; waiting {plan.look_again_seconds:.0f} s after repeated failures"
+            )
+            assert story.job.status.gang.members == []
+            story.wait(plan.look_again_seconds)
+        story.recovers()
+    assert waits == [None, 2.0, 4.0, 8.0]
+    story.wait(60)
+    story.worker_ends(0, ExitCode.NUMERIC)
+    assert story.go().look_again_seconds is None
+
+
+def test_the_wait_after_quick_failures_ends_at_five_minutes() -> None:
+    story = Story("recovery: {maxRestarts: 100}").trains()
+    longest = 0.0
+    for _ in range(12):
+        story.worker_ends(0, ExitCode.NUMERIC)
+        wait = story.go().look_again_seconds or 0.0
+        longest = max(longest, wait)
+        story.wait(wait)
+        story.recovers()
+    assert longest == 300.0
+
+
+def test_more_nodes_than_rank_0_alone_must_succeed() -> None:
+    story = Story(nodes=3).trains()
+    story.workers_succeed(0, 1)
+    story.go()
+    assert (story.phase, story.job.status.gang.ready) == ("Running", 3)
+    story.worker_ends(2, ExitCode.NUMERIC)
+    story.go()
+    assert (story.phase, story.generation) == ("Recovering", 2)

@@ -1,0 +1,217 @@
+"""Any order of faults: hypothesis plays the cluster against the operator, and when the faults stop the job comes to an end."""
+
+import asyncio
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from finetune_operator.kube.api import JOBS, PODS
+from finetune_operator.kube.errors import Conflict, KubeError
+from tests.operator.fake_api import Crash
+from tests.operator.simulation import KEY, Cluster
+
+pick = st.integers(0, 5)
+MAX_RESTARTS = 3
+
+
+class FaultsInAnyOrder(RuleBasedStateMachine):
+    """One job of one to three nodes, and everything that can befall it."""
+
+    @initialize(nodes=st.integers(1, 3), trains=st.booleans())
+    def begin(self, nodes: int, trains: bool) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.cluster = Cluster(f"recovery: {{maxRestarts: {MAX_RESTARTS}, windowSeconds: 6000}}", nodes=nodes)
+        self.generation = 0
+        self.final: Any = None
+        if trains:
+            self.everybody_does_their_part()
+
+    def teardown(self) -> None:
+        if hasattr(self, "loop"):
+            try:
+                self.faults_stop()
+            finally:
+                self.loop.close()
+
+    # Most of the time most things work.
+
+    @rule()
+    def everybody_does_their_part(self) -> None:
+        self.loop.run_until_complete(self.cluster.settle())
+
+    @rule()
+    def a_moment_passes(self) -> None:
+        self.cluster.watch()
+        self.cluster.kubelets()
+        self.cluster.watch()
+        self.all_agents_talk()
+        self.operator_reconciles()
+
+    @precondition(lambda self: self.cluster.agents)
+    @rule(n=pick, end=st.sampled_from([(1, None), (76, None), (None, 11)]))
+    def the_gang_fails_and_recovers(self, n: int, end: tuple[int | None, int | None]) -> None:
+        self.a_worker_fails(n, end)
+        self.cluster.wait(2)
+        self.everybody_does_their_part()
+
+    # The operator acts, or not quite.
+
+    @rule()
+    def operator_reconciles(self) -> None:
+        try:
+            self.loop.run_until_complete(self.cluster.reconcile())
+        except Conflict:
+            pass
+
+    @rule(writes=st.integers(0, 3))
+    def operator_dies_after_some_writes_and_a_new_one_starts(self, writes: int) -> None:
+        self.cluster.api.crash_after = writes
+        try:
+            self.loop.run_until_complete(self.cluster.reconcile())
+        except (Crash, KubeError):
+            pass
+        self.cluster.restart_operator()
+
+    @rule(how=st.sampled_from(["lost", "refused"]))
+    def a_write_gets_no_answer(self, how: str) -> None:
+        self.cluster.api.fail_next = how
+        try:
+            self.loop.run_until_complete(self.cluster.reconcile())
+        except KubeError:
+            pass
+        self.cluster.api.fail_next = None
+
+    @rule(count=st.integers(1, 4))
+    def watches_show_some_events(self, count: int) -> None:
+        self.cluster.watch(count)
+
+    @rule()
+    def watches_catch_up(self) -> None:
+        self.cluster.watch()
+
+    # Pods and agents.
+
+    def pods(self, *phases: str) -> list[str]:
+        return [pod["metadata"]["uid"] for pod in self.cluster.pods() if pod["status"]["phase"] in phases]
+
+    @precondition(lambda self: self.pods("Pending"))
+    @rule(n=pick)
+    def a_pod_starts(self, n: int) -> None:
+        pending = self.pods("Pending")
+        self.cluster.start_pod(pending[n % len(pending)])
+
+    @precondition(lambda self: self.cluster.agents)
+    @rule(n=pick)
+    def an_agent_talks(self, n: int) -> None:
+        agents = list(self.cluster.agents)
+        self.cluster.talk(agents[n % len(agents)])
+
+    @rule()
+    def all_agents_talk(self) -> None:
+        for uid in list(self.cluster.agents):
+            self.cluster.talk(uid)
+
+    @precondition(lambda self: self.cluster.agents)
+    @rule(
+        n=pick,
+        end=st.sampled_from(
+            [(1, None), (69, None), (71, None), (74, None), (75, None), (76, None), (None, 9), (None, 11)]
+        ),
+    )
+    def a_worker_fails(self, n: int, end: tuple[int | None, int | None]) -> None:
+        agents = list(self.cluster.agents.values())
+        agents[n % len(agents)].worker_ends(*end)
+
+    @precondition(lambda self: self.cluster.agents)
+    @rule(n=pick)
+    def an_agent_begins_anew(self, n: int) -> None:
+        agents = list(self.cluster.agents.values())
+        agents[n % len(agents)].begins_anew()
+
+    @precondition(lambda self: self.cluster.agents)
+    @rule(n=pick)
+    def a_container_exceeds_its_memory(self, n: int) -> None:
+        agents = list(self.cluster.agents)
+        self.cluster.out_of_memory(agents[n % len(agents)])
+
+    @precondition(lambda self: self.pods("Pending", "Running"))
+    @rule(n=pick, how=st.sampled_from(["evicted", "failed", "deleted", "gone"]))
+    def a_pod_is_lost(self, n: int, how: str) -> None:
+        alive = self.pods("Pending", "Running")
+        uid = alive[n % len(alive)]
+        if how == "evicted":
+            self.cluster.change_pod(
+                uid, conditions=[{"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}]
+            )
+        if how == "failed":
+            self.cluster.agents.pop(uid, None)
+            self.cluster.change_pod(uid, phase="Failed", reason="UnexpectedAdmissionError")
+        elif how == "gone":
+            self.cluster.remove_pod(uid)
+        else:
+            name = next(pod["metadata"]["name"] for pod in self.cluster.pods() if pod["metadata"]["uid"] == uid)
+            self.loop.run_until_complete(self.cluster.api.delete(PODS, KEY[0], name, uid=uid))
+
+    @rule()
+    def kubelets_do_their_work(self) -> None:
+        self.cluster.kubelets()
+
+    @rule()
+    def workers_reach_the_end(self) -> None:
+        self.cluster.train()
+
+    # People and time.
+
+    @rule()
+    def suspend_is_toggled(self) -> None:
+        self.cluster.edit(suspend=not self.cluster.job["spec"].get("suspend", False))
+
+    @rule(nodes=st.integers(1, 3))
+    def workers_are_resized(self, nodes: int) -> None:
+        self.cluster.edit(workers={"nodes": nodes})
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 30.0, 700.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.cluster.wait(seconds)
+
+    # What must hold.
+
+    @invariant()
+    def promises_are_kept(self) -> None:
+        if not hasattr(self, "cluster"):
+            return
+        self.cluster.check()
+        assert self.cluster.generation >= self.generation, "generations never fall"
+        self.generation = self.cluster.generation
+        if self.final is not None:
+            assert self.cluster.status == self.final, "the end is final"
+        elif self.cluster.phase in ("Succeeded", "Failed"):
+            self.final = self.cluster.status
+
+    def faults_stop(self) -> None:
+        """The job ends within a bounded number of steps, and what it leaves is right."""
+        cluster = self.cluster
+        cluster.edit(suspend=False)
+        for _ in range(20):
+            self.loop.run_until_complete(cluster.settle())
+            self.promises_are_kept()
+            if cluster.phase in ("Succeeded", "Failed"):
+                break
+            cluster.train()
+            cluster.wait(400)  # longer than the longest wait after failures
+        assert cluster.phase in ("Succeeded", "Failed"), cluster.status
+        assert cluster.phase == "Succeeded" or cluster.status["conditions"][0]["reason"] == "RestartsExhausted"
+        assert cluster.job["metadata"]["uid"] == cluster.job_uid
+        assert [body["kind"] for body in cluster.api.bodies(JOBS)] == ["FineTuneJob"]
+
+
+TestFaultsInAnyOrder = FaultsInAnyOrder.TestCase
+TestFaultsInAnyOrder.settings = settings(
+    max_examples=80,
+    stateful_step_count=30,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)

@@ -1,0 +1,188 @@
+"""The reconciler against an API server in memory: what it asks for, and what it makes of the answers."""
+
+import asyncio
+import copy
+
+import pytest
+
+from finetune_operator.kube.api import CONFIG_MAPS, JOBS, PODS
+from finetune_operator.kube.errors import Conflict, Forbidden, Unavailable
+from tests.operator.simulation import KEY, Cluster
+
+
+def message(cluster: Cluster) -> str:
+    condition = cluster.status["conditions"][0]
+    return f"{condition['reason']}: {condition['message']}"
+
+
+async def test_a_stale_view_of_the_job_is_a_conflict_and_creates_nothing() -> None:
+    cluster = Cluster()
+    cluster.edit(suspend=True)
+    with pytest.raises(Conflict):
+        await cluster.reconcile()
+    assert cluster.pods() == []
+    cluster.watch()
+    await cluster.reconcile()
+    assert cluster.phase == "Suspended"
+
+
+async def test_a_job_that_is_gone_is_no_work() -> None:
+    cluster = Cluster()
+    cluster.api.remove(JOBS, *KEY)
+    cluster.watch()
+    assert await cluster.reconcile() is None
+    assert cluster.api.writes == []
+
+
+async def test_a_job_that_vanished_unseen_gets_no_pods() -> None:
+    cluster = Cluster()
+    cluster.api.remove(JOBS, *KEY)
+    await cluster.reconcile()
+    assert cluster.api.bodies(PODS) == []
+
+
+async def test_a_job_of_a_schema_that_this_version_does_not_know_is_left_alone() -> None:
+    cluster = Cluster()
+    cluster.edit(recipe={"from": "the future"})
+    cluster.watch()
+    assert await cluster.reconcile() is None
+    assert cluster.api.writes == []
+
+
+async def test_the_written_status_is_taken_into_the_cache_and_waiting_agents_are_told() -> None:
+    cluster = Cluster()
+    await cluster.reconcile()
+    assert cluster.changed == [KEY]
+    assert cluster.cache.job(KEY)["status"]["gang"]["generation"] == 1
+    assert len(cluster.cache.pods_of(cluster.job_uid)) == 2, "created pods are known before the watch shows them"
+    assert cluster.api.events, "which has shown nothing yet"
+
+
+async def test_a_pod_made_by_a_process_that_died_is_found_and_kept() -> None:
+    cluster = Cluster()
+    await cluster.reconcile()
+    cluster.restart_operator()
+    for pod in list(cluster.cache.pods_of(cluster.job_uid)):
+        cluster.cache._drop_pod(pod.uid)  # as if its list had been asked for just before they were made
+    await cluster.reconcile()
+    assert len(cluster.cache.pods_of(cluster.job_uid)) == 2
+    assert set(cluster.api.pods_created.values()) == {1}
+
+
+async def test_a_pod_of_that_name_that_is_not_the_job_s_is_told_and_left_alone() -> None:
+    cluster = Cluster()
+    stranger = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "sentiment-aaaaa-1-1", "namespace": "team-a", "uid": "stranger"},
+    }
+    cluster.api.store(PODS, copy.deepcopy(stranger) | {"status": {"phase": "Running"}})
+    assert await cluster.reconcile() == 0.0, "tell it at once"
+    assert await cluster.reconcile() == 15.0, "and try again later"
+    assert message(cluster) == "NameTaken: rank 1 of 2: pod sentiment-aaaaa-1-1 exists and is not this job's; delete it"
+    assert cluster.generation == 1
+    cluster.api.remove(PODS, "team-a", "sentiment-aaaaa-1-1")
+    await cluster.settle()
+    assert cluster.phase == "Running"
+
+
+def quota(pod: str) -> Forbidden:
+    return Forbidden(f'POST /pods: 403 pods "{pod}" is forbidden: exceeded quota: team, limited: pods=1', status=403)
+
+
+async def test_a_quota_is_told_and_does_not_keep_the_operator_busy() -> None:
+    cluster = Cluster(nodes=4)
+    cluster.api.refuse_pods = {str(rank): quota(f"sentiment-aaaaa-{rank}-1") for rank in (1, 2, 3)}
+    await cluster.settle()
+    assert message(cluster).startswith(
+        "QuotaExceeded: ranks 1, 2, 3 of 4: the API server refuses the pod: POST /pods: 403"
+    )
+    assert cluster.generation == 1
+    writes = len(cluster.api.writes)
+    for _ in range(5):
+        assert await cluster.reconcile() == 15.0
+    assert len(cluster.api.writes) == writes
+    cluster.api.refuse_pods = {}
+    await cluster.settle()
+    assert cluster.phase == "Running"
+
+
+async def test_which_of_many_refusals_is_told_does_not_depend_on_which_answer_came_last() -> None:
+    cluster = Cluster(nodes=3)
+    order = iter([(3, 2, 1), (1, 2, 3), (2, 3, 1), (3, 1, 2)])
+
+    async def create(resource, namespace, body):
+        rank = int(body["metadata"]["labels"]["finetune.dev/rank"])
+        for _ in range(ranks[rank]):
+            await asyncio.sleep(0)
+        raise quota(body["metadata"]["name"])
+
+    cluster.api.create = create
+    told = []
+    for turn in order:
+        ranks = dict(enumerate(turn))
+        told.append(await cluster.reconcile())
+    assert told == [0.0, 15.0, 15.0, 15.0]
+
+
+async def test_one_failed_creation_does_not_keep_the_other_pods_from_being_made() -> None:
+    cluster = Cluster(nodes=3)
+    cluster.api.refuse_pods = {"0": Unavailable("no answer")}
+    with pytest.raises(Unavailable):
+        await cluster.reconcile()
+    assert len(cluster.pods()) == 2
+
+
+async def test_deleting_what_is_gone_already_is_no_error_and_ends_there() -> None:
+    cluster = Cluster()
+    await cluster.settle()
+    cluster.edit(suspend=True)
+    cluster.watch()
+    for pod in list(cluster.pods()):
+        cluster.remove_pod(pod["metadata"]["uid"])  # and no watch shows it
+    await cluster.reconcile()
+    await cluster.reconcile()
+    assert message(cluster) == "Suspended: spec.suspend is true; no pod is kept"
+
+
+async def test_what_pods_share_is_applied_once_and_again_by_a_new_process_that_makes_pods() -> None:
+    cluster = Cluster()
+    await cluster.settle()
+    cluster.remove_pod(cluster.status["gang"]["members"][0]["uid"])
+    await cluster.settle()
+    assert cluster.api.writes.count("apply configmaps/sentiment-aaaaa") == 1
+    cluster.restart_operator()
+    cluster.remove_pod(cluster.status["gang"]["members"][0]["uid"])
+    await cluster.settle()
+    assert cluster.api.writes.count("apply configmaps/sentiment-aaaaa") == 2
+    assert len(cluster.api.bodies(CONFIG_MAPS)) == 1
+
+
+async def test_pods_of_other_namespaces_cannot_claim_a_place() -> None:
+    cluster = Cluster()
+    await cluster.settle()
+    body = copy.deepcopy(cluster.pods()[0])
+    body["metadata"] |= {"namespace": "team-evil", "uid": "impostor", "creationTimestamp": "999999999"}
+    cluster.api.store(PODS, body, "ADDED")
+    cluster.watch()
+    assert cluster.cache.pod("impostor")
+    cluster.remove_pod(cluster.status["gang"]["members"][1]["uid"])
+    await cluster.settle()
+    assert cluster.phase == "Running"
+    assert "impostor" not in {member["uid"] for members in cluster.api.member_sets.values() for member in members}
+
+
+async def test_an_unknown_profile_on_a_running_job_stalls_it_when_a_pod_must_be_made() -> None:
+    cluster = Cluster()
+    await cluster.settle()
+    cluster.edit(workers={"nodes": 2, "profile": "gone"})
+    await cluster.settle()
+    assert cluster.phase == "Running"
+    cluster.remove_pod(cluster.status["gang"]["members"][1]["uid"])
+    await cluster.settle()
+    assert (
+        message(cluster) == "UnknownProfile: spec.workers.profile: there is no profile 'gone'; known: default, fabric"
+    )
+    cluster.edit(workers={"nodes": 2})
+    await cluster.settle()
+    assert cluster.phase == "Running"

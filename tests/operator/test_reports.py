@@ -1,0 +1,151 @@
+"""What agents say: what is news, what is not, and what a hostile pod may say without harm."""
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from hypothesis import Phase as Phase_
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_api.protocol import (
+    AgentState,
+    Checkpoint,
+    Evaluation,
+    Exit,
+    Heartbeat,
+    Metric,
+    Model,
+    Phase,
+    Progress,
+    Report,
+    from_wire,
+    to_wire,
+)
+from finetune_api.status import JobStatus
+from finetune_operator.jobserver.reports import Reports, check_plausible
+from tests.operator.documents import NOON
+from tests.operator.story import Story, idle_report
+
+FIRST = idle_report("pod-1", 0)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self):
+        return self.now
+
+
+NEWS = {
+    "the same again is no news": ({}, False),
+    "a step of a heartbeat is no news": ({"heartbeat": Heartbeat(Phase.TRAINING, 8)}, False),
+    "a phase is": ({"heartbeat": Heartbeat(Phase.EVALUATING, 7)}, True),
+    "progress is": ({"progress": Progress(step=8)}, True),
+    "an evaluation is": ({"evaluation": Evaluation(step=8)}, True),
+    "a checkpoint is": ({"checkpoint": Checkpoint(8, "s3://x", 1, "2026-01-01T12:00:00Z")}, True),
+    "a model is": ({"model": Model("s3://x")}, True),
+    "another state is": ({"state": AgentState.RUNNING}, True),
+    "another generation is": ({"generation": 2}, True),
+    "an exit is": ({"exits": [Exit(1, 0, 1)]}, True),
+    "another instance of the agent is": ({"instance": "second"}, True),
+}
+
+
+@pytest.mark.parametrize(("change", "is_news"), NEWS.values(), ids=NEWS.keys())
+def test_what_is_news(change: dict, is_news: bool) -> None:
+    reports = Reports(Clock())
+    first = replace(FIRST, heartbeat=Heartbeat(Phase.TRAINING, 7))
+    assert reports.hear(first)
+    assert reports.hear(replace(first, **change)) == is_news
+    assert reports.heard["pod-1"].report == replace(first, **change), "the newest is kept, news or not"
+
+
+def test_since_when_an_agent_says_the_same_counts_from_its_last_change_of_state() -> None:
+    clock = Clock()
+    reports = Reports(clock)
+    reports.hear(FIRST)
+    clock.now += timedelta(seconds=5)
+    reports.hear(replace(FIRST, progress=Progress(step=1)))
+    assert reports.heard["pod-1"].since == NOON
+    reports.hear(replace(FIRST, state=AgentState.FAILED))
+    assert reports.heard["pod-1"].since == clock.now
+
+
+def test_pods_that_are_gone_are_forgotten() -> None:
+    reports = Reports(Clock())
+    reports.hear(FIRST)
+    reports.hear(replace(FIRST, pod_uid="pod-2"))
+    reports.keep_only({"pod-2", "pod-3"})
+    assert reports.heard.keys() == {"pod-2"}
+
+
+# Whatever a pod says, its job goes on.
+
+integers = st.integers(0, 2**31 - 1) | st.integers(-(2**70), 2**70)
+floats = st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([1.7976931348623157e308, 5e-324, -1e300])
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.just("x" * 2000)
+hostile = st.builds(
+    Report,
+    pod_uid=st.just("pod-1"),
+    instance=texts,
+    agent_version=texts,
+    generation=st.just(1) | integers,
+    state=st.sampled_from(AgentState),
+    address=texts,
+    port=st.integers(1, 65535) | integers,
+    heartbeat=st.none() | st.builds(Heartbeat, st.sampled_from(Phase), integers),
+    progress=st.none() | st.builds(Progress, integers, st.none() | integers, *[st.none() | floats] * 6),
+    evaluation=st.none() | st.builds(Evaluation, integers, st.lists(st.builds(Metric, texts, floats), max_size=40)),
+    checkpoint=st.none() | st.builds(Checkpoint, integers, texts, integers, texts),
+    model=st.none() | st.builds(Model, texts),
+    exits=st.lists(
+        st.builds(Exit, st.just(1) | integers, integers, st.none() | integers, st.none() | integers, texts, texts),
+        max_size=4,
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None, phases=[Phase_.explicit, Phase_.reuse, Phase_.generate])
+@given(hostile, st.booleans())
+def test_no_report_of_a_pod_can_keep_its_job_from_being_planned_or_its_status_from_being_stored(
+    report: Report, in_time: bool
+) -> None:
+    assert from_wire(Report, to_wire(report)) == report, "it passes the border"
+    try:
+        check_plausible(report)
+    except ValueError:
+        return  # 400
+    story = Story()
+    story.go()
+    story.pods_start()
+    if not in_time:
+        story.go()
+    reports = Reports(lambda: NOON)
+    reports.hear(report)
+    story.heard["pod-1"] = reports.heard["pod-1"]
+    for _ in range(3):
+        story.wait(2)
+        story.go()
+        status = story.job.status.to_wire()
+        JobStatus.model_validate(status)
+        check_stored(status)
+
+
+def check_stored(status: dict) -> None:
+    """What the schema of the CRD says beyond pydantic's types: int64, keys of lists, formats."""
+
+    def numbers(value):
+        if isinstance(value, dict):
+            for inner in value.values():
+                yield from numbers(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from numbers(inner)
+        elif isinstance(value, int):
+            yield value
+
+    assert all(-(2**63) <= number < 2**63 for number in numbers(status))
+    metrics = [metric["name"] for metric in (status.get("evaluation") or {}).get("metrics", ())]
+    assert len(metrics) == len(set(metrics))

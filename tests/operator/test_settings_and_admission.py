@@ -1,0 +1,108 @@
+"""What the administrator decides: read once, refused with the field's name, and what jobs may ask for."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune_operator.plan.admission import find_problem
+from finetune_operator.settings import CONFIG_VARIABLE, read_settings
+from tests.operator.documents import SCRIPT, SETTINGS, a_job, settings
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def read(text: str):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        monkeypatch.setenv(CONFIG_VARIABLE, str(path))
+        return read_settings()
+
+    return read
+
+
+def test_settings_are_read_from_the_file_that_the_environment_names(read) -> None:
+    loaded = read(SETTINGS)
+    assert loaded == settings()
+    assert loaded.job_server_url == "https://finetune-operator.finetune-system.svc:9443"
+
+
+WRONG = {
+    "a name that is none of ours": (SETTINGS + "\nworker: 3", "worker"),
+    "a number out of range": (SETTINGS + "\nworkers: 0", "workers"),
+    "no profiles": (SETTINGS.partition("profiles")[0], "profiles"),
+    "a profile without an image": (
+        SETTINGS.partition("profiles")[0] + "profiles: {default: {}}",
+        "profiles.default.image",
+    ),
+    "an amount of shared memory that is none": (
+        SETTINGS.partition("profiles")[0] + "profiles: {default: {image: x, sharedMemory: 1GiB}}",
+        "sharedMemory",
+    ),
+    "a range of addresses that is none": (SETTINGS + "\nstorageCidrs: [10.0.0.0/33]", "storageCidrs"),
+    "a range of addresses with host bits": (SETTINGS + "\nstorageCidrs: [10.0.0.1/8]", "storageCidrs"),
+    "no document": ("", ""),
+    "no YAML": ("a: [", "config.yaml"),
+}
+
+
+@pytest.mark.parametrize(("text", "field"), WRONG.values(), ids=WRONG.keys())
+def test_settings_that_are_refused_by_the_name_of_their_field(read, text: str, field: str) -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011  the message is looked at
+        read(text)
+    assert field in str(refusal.value)
+
+
+def test_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CONFIG_VARIABLE, "/nowhere/config.yaml")
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        read_settings()
+
+
+ADMITTED = {
+    "a job as the documents show it": a_job(),
+    "another profile": a_job("workers: {profile: fabric}"),
+    "Amazon, when the administrator allows it": a_job("storage: {uri: s3://bucket}"),
+    "a script without storage": a_job(base=SCRIPT),
+}
+
+
+@pytest.mark.parametrize("job", ADMITTED.values(), ids=ADMITTED.keys())
+def test_what_may_start(job) -> None:
+    assert find_problem(job.spec, settings()) is None
+
+
+PROBLEMS = {
+    "a profile that there is not": (
+        "workers: {profile: huge}",
+        ("UnknownProfile", "spec.workers.profile: there is no profile 'huge'; known: default, fabric"),
+    ),
+    "an endpoint that is not allowed": (
+        "storage: {uri: s3://bucket, endpoint: 'http://169.254.169.254'}",
+        (
+            "EndpointNotAllowed",
+            "spec.storage.endpoint: http://169.254.169.254 is not allowed here; allowed: http://store.example:8333, amazon-s3",
+        ),
+    ),
+    "spare pods": (
+        "workers: {spares: 1}",
+        ("Unsupported", "spec.workers.spares: this version of the operator does not support it yet; leave it out"),
+    ),
+    "two things that are not there yet, told together": (
+        "{pendingDeadlineSeconds: 5, checkpoint: {interval: {auto: true}}}",
+        (
+            "Unsupported",
+            "spec.checkpoint.interval.auto, spec.pendingDeadlineSeconds: this version of the operator does not support it yet; leave it out",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("spec", "problem"), PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_what_may_not_start(spec: str, problem: tuple[str, str]) -> None:
+    found = find_problem(a_job(spec).spec, settings())
+    assert (found.reason, found.message) == problem
+
+
+def test_amazon_is_not_allowed_unless_the_administrator_says_so() -> None:
+    found = find_problem(a_job("storage: {uri: s3://bucket}").spec, settings("allowedEndpoints: []"))
+    assert found.message == "spec.storage.endpoint: amazon-s3 is not allowed here; allowed: none"

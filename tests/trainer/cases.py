@@ -1,0 +1,80 @@
+"""The jobs that tests look at, by number of ranks. Their folders' names give the order in which they train."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.trainer.launch import Case
+from tests.trainer.recipes import classification, language_modelling
+
+LORA = {"method": "LoRA", "rank": 4, "alpha": 8, "dropout": 0.1}
+EVERY_SIX = {"metrics": ["Accuracy", "MacroF1"], "everySteps": 6}
+
+
+def zero(stage: int, **offload: str) -> dict[str, Any]:
+    return {"stage": stage, "offload": offload} if offload else {"stage": stage}
+
+
+def stages(files: Path) -> dict[str, Case]:
+    """The same job, with dropout, on each ZeRO stage."""
+    return {f"zero-{stage}": Case(classification(files, zero=zero(stage))) for stage in range(4)}
+
+
+def cases_of_one_rank(files: Path) -> dict[str, Case]:
+    return {
+        **stages(files),
+        "uninterrupted": Case(classification(files, evaluation=EVERY_SIX), checkpoint={"intervalSteps": 4}),
+        "long": Case(classification(files, training={"steps": 80, "optimizer": {"learningRate": 2.0e-3}})),
+        "gradient-checkpointing": Case(classification(files, training={"gradientCheckpointing": True})),
+        "micro-batches-of-6": Case(classification(files, training={"microBatchSize": 6})),
+        "bf16": Case(classification(files, training={"precision": "BF16"})),
+        "bf16-zero-0": Case(classification(files, training={"precision": "BF16"}, zero=zero(0))),
+        "fp16": Case(classification(files, training={"precision": "FP16"})),
+        "fp16-zero-0": Case(classification(files, training={"precision": "FP16"}, zero=zero(0))),
+        "not-a-number": Case(classification(files, model="bert-overflowing")),
+        "not-a-number-fp16": Case(
+            classification(files, model="bert-overflowing", training={"precision": "FP16", "steps": 40})
+        ),
+        "lora": Case(classification(files, tuning=LORA)),
+        "pretraining": Case(
+            language_modelling(files, model="llama-config", training={"steps": 60}) | from_scratch(files)
+        ),
+        "language-model": Case(language_modelling(files)),
+        "language-model-lora": Case(language_modelling(files, tuning=LORA)),
+        "one-epoch": Case(
+            classification(files, training={"epochs": 1, "steps": None, "microBatchSize": None}, evaluation=None)
+        ),
+    }
+
+
+def from_scratch(files: Path) -> dict[str, Any]:
+    return {"model": {"source": f"file://{files}/llama-config", "initialization": "Random"}}
+
+
+def cases_of_two_ranks(files: Path) -> dict[str, Case]:
+    interrupted = classification(files, evaluation=EVERY_SIX)
+    return {
+        **stages(files),
+        "interrupted-1": Case(interrupted, prefix="interrupted", stop_at_look=6),
+        "interrupted-0-at-start": Case(interrupted, prefix="interrupted-0-at-start", stop_at_look=1),
+        "interrupted-2": Case(interrupted, prefix="interrupted", generation=2),
+        "interrupted-3-is-finished": Case(interrupted, prefix="interrupted", generation=3),
+        "interrupted-4-is-stale": Case(interrupted, prefix="interrupted", generation=2),
+        "resized-1": Case(classification(files), prefix="resized", stop_at_look=8),
+        "lora-zero-3": Case(classification(files, tuning=LORA, zero=zero(3))),
+        "bf16-zero-3": Case(classification(files, training={"precision": "BF16"}, zero=zero(3))),
+        "offload-zero-2": Case(classification(files, zero=zero(2, optimizer="CPU"))),
+        "offload-zero-3": Case(classification(files, zero=zero(3, optimizer="CPU", parameters="CPU"))),
+        "pretraining-zero-3": Case(
+            language_modelling(files, training={"steps": 60}, zero=zero(3)) | from_scratch(files)
+        ),
+        "bad-data": Case(classification(files, data={"columns": {"text": "sentence"}})),
+    }
+
+
+def cases_of_three_ranks(files: Path) -> dict[str, Case]:
+    return {
+        "zero-2": Case(classification(files)),
+        "zero-3": Case(classification(files, zero=zero(3))),
+        "resized-2": Case(classification(files), prefix="resized", generation=2),
+        "micro-batches-of-6": Case(classification(files, training={"microBatchSize": 6})),
+    }

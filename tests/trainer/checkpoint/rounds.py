@@ -1,0 +1,160 @@
+"""What the ranks of a launch do, for all cases in turn; started by test_round_trips.py under torchrun.
+
+    rounds.py save|resume|reshape|die ENDPOINT PREFIX FOLDER
+
+``save`` trains without checkpoints and once more with a save on the way; ``resume`` takes that up in new processes; ``reshape``
+loads into another ZeRO stage or world size and saves again; ``die`` kills a rank in the middle of a save. Each rank writes what it
+saw to FOLDER as JSON.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+
+from finetune_trainer.checkpoint import Checkpoints, Position
+from finetune_trainer.object_store import S3ObjectStore
+from tests.trainer.checkpoint.trainee import Case, new_engine, train, weights_digest
+
+SAVE_AT, STEPS = 4, 8
+
+PRECISIONS = ("FP32", "BF16", "FP16")
+CASES = {
+    case.name: case
+    for case in (
+        *(Case(f"zero {stage} {precision}", stage, precision) for stage in range(4) for precision in PRECISIONS),
+        *(Case(f"lora on zero {stage}", stage, "BF16", lora=True) for stage in range(4)),
+        *(Case(f"offload on zero {stage}", stage, "BF16", offload=True) for stage in (1, 2, 3)),
+        Case("round robin gradients", 2, "BF16", zero={"round_robin_gradients": True}),
+        Case("accumulation", 2, "BF16", accumulation=2),
+        Case("small groups on zero 3", 3, "BF16", zero={"sub_group_size": 100}),
+        Case("autocast on zero 0", 0, autocast=True),
+        Case("autocast on zero 3", 3, autocast=True),
+    )
+}
+RESHAPES = {
+    2: [
+        ("zero 2 BF16", "zero 3 BF16"),
+        ("zero 3 FP32", "zero 1 FP32"),
+        ("zero 0 BF16", "zero 3 BF16"),
+        ("zero 3 BF16", "zero 0 BF16"),
+        ("zero 1 FP16", "zero 2 BF16"),
+        ("lora on zero 2", "lora on zero 3"),
+    ],
+    1: [(name, name) for name in ("zero 0 FP32", "zero 1 BF16", "zero 2 FP16", "zero 3 BF16", "lora on zero 3")],
+}
+FALLS_BACK = "zero 2 FP32"
+
+
+class DiesUploading(S3ObjectStore):
+    """Rank 1 is killed when its upload is half way: after the object is there, before anybody knows."""
+
+    armed = False
+
+    def upload_file(self, path, uri):
+        super().upload_file(path, uri)
+        if self.armed and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slug(name):
+    return name.replace(" ", "-").lower()
+
+
+class Rounds:
+    def __init__(self, endpoint, prefix):
+        self.endpoint = endpoint
+        self.prefix = prefix
+        self.seen = {}
+
+    def checkpoints(self, engine, name, generation, *, store=None):
+        return Checkpoints(
+            engine=engine,
+            store=store or S3ObjectStore(self.endpoint),
+            prefix=f"{self.prefix}/{slug(name)}",
+            generation=generation,
+            keep=2,
+            recipe_digest="recipe",
+        )
+
+    def save(self):
+        for name, case in CASES.items():
+            engine = new_engine(case)
+            straight = train(engine, range(STEPS))
+            digest, skipped = weights_digest(engine), engine.skipped_steps
+            engine = new_engine(case)
+            checkpoints = self.checkpoints(engine, name, 1)
+            assert checkpoints.resume() is None
+            losses = train(engine, range(SAVE_AT))
+            report = checkpoints.save(position(SAVE_AT))
+            losses += train(engine, range(SAVE_AT, STEPS))
+            undisturbed = losses == straight and weights_digest(engine) == digest
+            self.seen[name] = {
+                "losses": straight,
+                "digest": digest,
+                "undisturbed": undisturbed,
+                "skipped": skipped,
+                "uri": report.uri,
+            }
+        self.two_saves()
+
+    def two_saves(self):
+        engine = new_engine(CASES[FALLS_BACK])
+        checkpoints = self.checkpoints(engine, "falls back", 1)
+        checkpoints.resume()
+        train(engine, range(SAVE_AT))
+        checkpoints.save(position(SAVE_AT))
+        train(engine, range(SAVE_AT, SAVE_AT + 1))
+        self.seen["falls back"] = {"uri": checkpoints.save(position(SAVE_AT + 1)).uri}
+
+    def resume(self):
+        for name, case in {**CASES, "falls back": CASES[FALLS_BACK], "killed": CASES[FALLS_BACK]}.items():
+            engine = new_engine(case)
+            found = self.checkpoints(engine, name, 2).resume()
+            losses = train(engine, range(found.step, STEPS))
+            self.seen[name] = {
+                "position": [found.step, found.samples_consumed, [list(pair) for pair in found.skipped_ranges]],
+                "losses": losses,
+                "digest": weights_digest(engine),
+                "skipped": engine.skipped_steps,
+            }
+
+    def reshape(self):
+        for number, (source, target) in enumerate(RESHAPES[dist.get_world_size()]):
+            generation = 10 * dist.get_world_size() + number  # of the launch on one rank, then of that on two
+            engine = new_engine(CASES[target])
+            checkpoints = self.checkpoints(engine, source, generation)
+            found = checkpoints.resume()
+            report = checkpoints.save(found)
+            self.seen[f"{source} to {target}"] = {"uri": report.uri, "losses": train(engine, range(found.step, STEPS))}
+
+    def die(self):
+        engine = new_engine(CASES[FALLS_BACK])
+        store = DiesUploading(self.endpoint)
+        checkpoints = self.checkpoints(engine, "killed", 1, store=store)
+        checkpoints.resume()
+        train(engine, range(SAVE_AT))
+        checkpoints.save(position(SAVE_AT))
+        train(engine, range(SAVE_AT, SAVE_AT + 1))
+        store.armed = True
+        checkpoints.save(position(SAVE_AT + 1))
+
+
+def position(step):
+    return Position(step, 6 * step, ((1, 3), (7, 8)))
+
+
+def main():
+    what, endpoint, prefix, folder = sys.argv[1:]
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    rounds = Rounds(endpoint, prefix)
+    getattr(rounds, what)()
+    Path(folder, f"{what}-{dist.get_world_size()}-{dist.get_rank()}.json").write_text(json.dumps(rounds.seen))
+
+
+if __name__ == "__main__":
+    main()

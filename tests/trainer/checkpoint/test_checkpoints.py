@@ -1,0 +1,401 @@
+"""What ``Checkpoints`` does about crashes, damage, rivals and stores that misbehave: one real engine, one rank, a store in memory."""
+
+import logging
+
+import pytest
+import torch
+
+from finetune_trainer.checkpoint import Checkpoints, Position
+from finetune_trainer.checkpoint import deepspeed_state as state
+from finetune_trainer.checkpoint.commit import ATTEMPTS
+from finetune_trainer.checkpoint.head import decode
+from finetune_trainer.errors import BadConfig, BadData, NoPermission, Stale, StorageUnavailable
+from finetune_trainer.object_store import Ambiguous, MemoryObjectStore, PreconditionFailed
+from tests.trainer.checkpoint.faulty_store import Crash, FaultyStore, IgnoresConditions, Once
+from tests.trainer.checkpoint.trainee import Case, new_engine, train, weights_digest
+
+PREFIX = "s3://bucket/team/job"
+HEAD = f"{PREFIX}/HEAD"
+
+
+@pytest.fixture(scope="module")
+def engine(alone):
+    engine = new_engine(Case("alone", stage=2, precision="BF16"))
+    train(engine, range(1))
+    return engine
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("finetune_trainer.checkpoint.commit.FIRST_PAUSE_SECONDS", 0.0)
+
+
+@pytest.fixture
+def store():
+    return FaultyStore()
+
+
+def checkpoints(engine, store, generation, *, keep=2, digest="recipe-1"):
+    return Checkpoints(
+        engine=engine, store=store, prefix=PREFIX, generation=generation, keep=keep, recipe_digest=digest
+    )
+
+
+def position(step):
+    return Position(step, 8 * step, ((3, 5),))
+
+
+def mark(engine, value):
+    """Give the whole state one value, as if training had brought it there."""
+    for part in state.held(engine):
+        for number, view in enumerate(part.views):
+            view.fill_(value + number)
+
+
+def marks(engine):
+    return {view[0].item() - number for part in state.held(engine) for number, view in enumerate(part.views)}
+
+
+def save(engine, saver, step):
+    mark(engine, step)
+    return saver.save(position(step))
+
+
+def head(store):
+    return decode(store.objects[HEAD])
+
+
+def objects(store, part):
+    return sorted(uri for uri in store.objects if part in uri)
+
+
+@pytest.fixture
+def two_saved(engine, store):
+    """Steps 10 and 20, saved by generation 1."""
+    first = checkpoints(engine, store, 1)
+    assert first.resume() is None
+    save(engine, first, 10)
+    save(engine, first, 20)
+    mark(engine, -1)
+    return store
+
+
+def test_an_empty_prefix_is_a_fresh_start(engine, store):
+    before = weights_digest(engine)
+    assert checkpoints(engine, store, 1).resume() is None
+    assert weights_digest(engine) == before
+    assert (head(store).sequence, head(store).generation, head(store).kept) == (1, 1, ())
+
+
+def test_a_commit_is_reported_as_it_stands_in_the_store(engine, store):
+    saver = checkpoints(engine, store, 1)
+    saver.resume()
+    report = save(engine, saver, 10)
+    kept = head(store).kept[0]
+    assert report.uri == f"{PREFIX}/{kept.folder}".rstrip("/")
+    assert report.uri.startswith(f"{PREFIX}/checkpoints/step-10/g1-")
+    assert report.size_bytes == sum(info.size for info in store.list(report.uri + "/"))
+    assert (report.step, report.commit_time) == (kept.step, kept.commit_time)
+
+
+def test_the_newest_commit_is_resumed_with_its_position(engine, two_saved):
+    assert checkpoints(engine, two_saved, 2).resume() == position(20)
+    assert marks(engine) == {20.0}
+
+
+def test_resuming_twice_is_the_same(engine, two_saved):
+    for generation in (2, 3):
+        assert checkpoints(engine, two_saved, generation).resume() == position(20)
+    assert head(two_saved).generation == 3
+    assert len(head(two_saved).kept) == 2
+
+
+def test_only_so_many_are_kept_and_the_rest_is_deleted(engine, two_saved):
+    saver = checkpoints(engine, two_saved, 2, keep=2)
+    saver.resume()
+    save(engine, saver, 30)
+    assert [kept.step for kept in head(two_saved).kept] == [30, 20]
+    assert objects(two_saved, "/step-10/") == []
+    assert len(objects(two_saved, "/step-20/")) == 2
+
+
+def test_one_step_may_be_saved_twice(engine, two_saved):
+    saver = checkpoints(engine, two_saved, 2)
+    saver.resume()
+    save(engine, saver, 20)
+    assert [kept.step for kept in head(two_saved).kept] == [20, 20]
+    assert checkpoints(engine, two_saved, 3).resume() == position(20)
+
+
+@pytest.mark.parametrize("generation", [1, 2], ids=["the same generation", "a lower generation"])
+def test_an_incarnation_that_comes_too_late_is_stale(engine, two_saved, generation):
+    checkpoints(engine, two_saved, 2).resume()
+    before = dict(two_saved.objects)
+    with pytest.raises(Stale, match=r"HEAD belongs to generation 2"):
+        checkpoints(engine, two_saved, generation).resume()
+    assert two_saved.objects == before
+
+
+def test_a_fenced_incarnation_cannot_commit_and_deletes_nothing(engine, store):
+    old = checkpoints(engine, store, 1, keep=1)
+    old.resume()
+    save(engine, old, 10)
+    new = checkpoints(engine, store, 2)
+    assert new.resume() == position(10)
+    with pytest.raises(Stale):
+        save(engine, old, 20)
+    assert [kept.step for kept in head(store).kept] == [10]
+    assert checkpoints(engine, store, 3).resume() == position(10)
+
+
+def flip(body):
+    return body[:-5] + bytes([body[-5] ^ 1]) + body[-4:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(flip, id="a flipped bit"),
+        pytest.param(lambda body: body[:-1], id="a missing byte"),
+        pytest.param(lambda body: body[: len(body) // 2], id="half of it missing"),
+        pytest.param(lambda body: b"", id="empty"),
+        pytest.param(lambda body: None, id="deleted"),
+    ],
+)
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
+def test_damage_falls_back_to_the_checkpoint_before_and_says_so(engine, two_saved, name, damage, caplog):
+    (uri,) = [uri for uri in objects(two_saved, "/step-20/") if uri.endswith(name)]
+    body = damage(two_saved.objects.pop(uri))
+    if body is not None:
+        two_saved.objects[uri] = body
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints(engine, two_saved, 2).resume() == position(10)
+    assert marks(engine) == {10.0}
+    assert f"Checkpoint of step 20 cannot be loaded: {uri}" in caplog.text
+    assert "Fell back to the checkpoint of step 10" in caplog.text
+    assert [kept.step for kept in head(two_saved).kept] == [10], "a fallback rewrites HEAD"
+
+
+def test_what_was_fallen_back_from_goes_after_the_next_commit(engine, two_saved):
+    (uri,) = [uri for uri in objects(two_saved, "/step-20/") if uri.endswith("manifest.json")]
+    two_saved.objects[uri] = b"torn"
+    saver = checkpoints(engine, two_saved, 2)
+    saver.resume()
+    assert len(objects(two_saved, "/step-20/")) == 2
+    save(engine, saver, 11)
+    assert objects(two_saved, "/step-20/") == []
+    assert checkpoints(engine, two_saved, 3).resume() == position(11)
+
+
+def test_nothing_loadable_is_an_error_and_never_a_fresh_start(engine, two_saved):
+    for uri in objects(two_saved, ".safetensors"):
+        del two_saved.objects[uri]
+    with pytest.raises(BadData, match=r"none of the 2 checkpoints .* can be loaded \(step 20: .* is missing; step 10"):
+        checkpoints(engine, two_saved, 2).resume()
+    assert len(head(two_saved).kept) == 2, "what might come back stays listed"
+
+
+def test_a_head_that_was_deleted_is_an_error(engine, two_saved):
+    del two_saved.objects[HEAD]
+    with pytest.raises(BadData, match="HEAD is missing although there are checkpoints"):
+        checkpoints(engine, two_saved, 2).resume()
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"[]", b'{"version": 99}', b"\xff\x00"])
+def test_a_head_that_cannot_be_read_is_an_error(engine, two_saved, body):
+    two_saved.objects[HEAD] = body
+    with pytest.raises(BadData, match="HEAD is not a HEAD that can be read"):
+        checkpoints(engine, two_saved, 2).resume()
+
+
+def test_a_read_that_broke_on_its_way_is_repeated_and_not_damage(engine, two_saved, monkeypatch):
+    def get(uri, start=None, length=None):
+        body = MemoryObjectStore.get(two_saved, uri, start, length)
+        broken = uri.endswith(".safetensors") and not seen
+        seen.append(uri)
+        return flip(body) if broken else body
+
+    seen = []
+    monkeypatch.setattr(two_saved, "get", get)
+    assert checkpoints(engine, two_saved, 2).resume() == position(20)
+
+
+@pytest.mark.parametrize("error", [NoPermission, StorageUnavailable])
+@pytest.mark.parametrize("what", ["HEAD", "manifest.json", ".safetensors"])
+def test_what_cannot_be_told_is_no_fallback_and_no_fresh_start(engine, two_saved, monkeypatch, what, error):
+    def refuse(uri, *arguments):
+        if uri.endswith(what):
+            raise error(f"{uri}: cannot tell")
+        return method(two_saved, uri, *arguments)
+
+    name = "read" if what == "HEAD" else "get"
+    method = getattr(MemoryObjectStore, name)
+    monkeypatch.setattr(two_saved, name, refuse)
+    with pytest.raises(error, match="cannot tell"):
+        checkpoints(engine, two_saved, 2).resume()
+    assert [kept.step for kept in head(two_saved).kept] == [20, 10]
+
+
+def test_another_recipe_is_refused(engine, two_saved):
+    with pytest.raises(BadConfig, match=r"belongs to another recipe \(recipe-1, this one is recipe-2\)"):
+        checkpoints(engine, two_saved, 2, digest="recipe-2").resume()
+
+
+def test_another_model_is_refused(engine, two_saved, alone):
+    other = new_engine(Case("lora", stage=2, precision="BF16", lora=True))
+    with pytest.raises(BadConfig, match="has other trainable parameters"):
+        checkpoints(other, two_saved, 2).resume()
+
+
+@pytest.mark.parametrize(
+    ("lying", "named"),
+    [
+        (IgnoresConditions(), r"ignores If-None-Match: \*"),
+        (IgnoresConditions(match=False), r"ignores If-None-Match: \*"),
+        (IgnoresConditions(absent=False), "ignores If-Match"),
+    ],
+    ids=["both", "only If-None-Match", "only If-Match"],
+)
+def test_a_store_that_ignores_conditions_is_refused_by_name(engine, lying, named):
+    with pytest.raises(BadConfig, match=f"memory {named}"):
+        checkpoints(engine, lying, 1).resume()
+    assert HEAD not in lying.objects
+
+
+def test_the_store_is_probed_once_per_prefix(engine, two_saved):
+    probed = objects(two_saved, "/probes/")
+    assert len(probed) == 1
+    writes = two_saved.writes
+    checkpoints(engine, two_saved, 2).resume()
+    assert two_saved.writes == writes + 1, "the fence alone"
+
+
+@pytest.mark.parametrize("error", [Ambiguous("lost"), PreconditionFailed("echo")], ids=["lost", "refused"])
+@pytest.mark.parametrize("suffix", ["HEAD", "manifest.json"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_unclear_answer_is_settled_by_reading(engine, two_saved, suffix, error, when):
+    saver = checkpoints(engine, two_saved, 2)
+    saver.resume()
+    fault = Once(suffix, error)
+    setattr(two_saved, when, fault)
+    save(engine, saver, 30)
+    assert fault.raised
+    assert [kept.step for kept in head(two_saved).kept] == [30, 20]
+    assert head(two_saved).sequence == 5, "no swap happened twice"
+    assert checkpoints(engine, two_saved, 3).resume() == position(30)
+
+
+def test_a_save_that_fails_loses_nothing_and_the_next_one_commits(engine, two_saved):
+    saver = checkpoints(engine, two_saved, 2)
+    saver.resume()
+
+    def never(method, uri):
+        if uri == HEAD:
+            raise Ambiguous(uri)
+
+    two_saved.before = never
+    with pytest.raises(StorageUnavailable, match=f"could not be swapped in {ATTEMPTS} attempts"):
+        save(engine, saver, 30)
+    two_saved.heal()
+    assert [kept.step for kept in head(two_saved).kept] == [20, 10]
+    save(engine, saver, 40)
+    assert [kept.step for kept in head(two_saved).kept] == [40, 20]
+
+
+@pytest.mark.parametrize("error", [NoPermission("no"), StorageUnavailable("no")])
+def test_a_delete_that_fails_never_stops_training(engine, two_saved, error, caplog):
+    saver = checkpoints(engine, two_saved, 2, keep=1)
+    saver.resume()
+
+    def refuse(method, uri):
+        if method == "delete":
+            raise error
+
+    two_saved.before = refuse
+    save(engine, saver, 30)
+    assert "its objects stay" in caplog.text
+    two_saved.heal()
+    assert checkpoints(engine, two_saved, 3).resume() == position(30)
+
+
+def test_orphans_of_lower_generations_go_with_the_first_commit_and_not_before(engine, two_saved):
+    ours, theirs = (f"{PREFIX}/checkpoints/step-25/g{generation}-dead/rank-00000.safetensors" for generation in (2, 1))
+    foreign = f"{PREFIX}/checkpoints/notes.txt"
+    saver = checkpoints(engine, two_saved, 2)
+    saver.resume()
+    for uri in (ours, theirs, foreign):
+        two_saved.objects[uri] = b"remains"
+    assert theirs in two_saved.objects
+    save(engine, saver, 30)
+    assert theirs not in two_saved.objects
+    assert {ours, foreign} <= set(two_saved.objects)
+
+
+def test_a_rank_that_dies_at_any_write_leaves_a_checkpoint_that_loads(engine):
+    """Crash-point enumeration: die after the k-th change of the store, for every k of a resume, two saves and their deletions."""
+    crashed = 0
+    for writes in range(100):
+        store = FaultyStore()
+        first = checkpoints(engine, store, 1, keep=1)
+        first.resume()
+        save(engine, first, 10)
+        store.crash_after(writes)
+        committed = [10]
+        try:
+            second = checkpoints(engine, store, 2, keep=1)
+            second.resume()
+            committed += [save(engine, second, 20).step]
+            committed += [save(engine, second, 30).step]
+        except Crash:
+            crashed += 1
+        store.heal()
+        mark(engine, -1)
+        resumed = checkpoints(engine, store, 3, keep=1)
+        found = resumed.resume()
+        assert found in {position(step) for step in (10, 20, 30)}
+        assert found.step >= committed[-1], "what was reported is still there"
+        assert marks(engine) == {float(found.step)}
+        save(engine, resumed, 40)
+        assert {uri.split("/")[-3] for uri in objects(store, "/checkpoints/")} == {"step-40"}, "no garbage stays"
+        if committed[-1] == 30 and store.writes:
+            break
+    assert crashed == writes >= 10
+
+
+def test_masters_that_are_ahead_of_their_counters_are_not_saved(engine, two_saved):
+    saver = checkpoints(engine, two_saved, 2)
+    saver.resume()
+    engine.global_steps -= 1  # as after an exception in the middle of a step
+    try:
+        with pytest.raises(AssertionError, match="masters are 1 steps ahead"):
+            saver.save(position(30))
+    finally:
+        engine.global_steps += 1
+
+
+def test_a_full_disk_fails_the_save_alone(engine, two_saved, monkeypatch):
+    def full(self, mode):
+        raise OSError(28, "No space left on device")
+
+    saver = checkpoints(engine, two_saved, 2)
+    saver.resume()
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.open", full)
+        with pytest.raises(StorageUnavailable, match="no room left"):
+            saver.save(position(30))
+    save(engine, saver, 31)
+
+
+def test_the_view_of_the_state_is_exact(engine, two_saved):
+    """Not one value for all, as above, but as training leaves it: what is restored is what was saved, to the bit."""
+    saver = checkpoints(engine, two_saved, 2)
+    saver.resume()
+    for part in state.held(engine):
+        for view in part.views:
+            view.copy_(torch.rand_like(view))
+    saved = [view.clone() for part in state.held(engine) for view in part.views]
+    saver.save(position(30))
+    mark(engine, -1)
+    checkpoints(engine, two_saved, 3).resume()
+    restored = [view for part in state.held(engine) for view in part.views]
+    assert all(torch.equal(one, other) for one, other in zip(saved, restored, strict=True))

@@ -1,0 +1,34 @@
+"""Sentences with a lesson in them, of uneven lengths, the same at every call."""
+
+import json
+import random
+from pathlib import Path
+
+from tests.trainer.tiny_models import BAD, GOOD, PLAIN
+
+LABELS = ("negative", "neutral", "positive")
+
+
+def rated_sentences(count: int, *, seed: int = 1) -> list[dict[str, str]]:
+    draw = random.Random(seed)
+    return [_rated(draw, draw.choice(LABELS)) for _ in range(count)]
+
+
+def _rated(draw: random.Random, label: str) -> dict[str, str]:
+    words = [draw.choice(PLAIN) for _ in range(draw.randint(2, 24))]
+    telling = {"negative": BAD, "neutral": (), "positive": GOOD}[label]
+    for _ in range(2 if telling else 0):
+        words.insert(draw.randint(0, len(words)), draw.choice(telling))
+    return {"text": " ".join(words), "label": label}
+
+
+def counting_texts(count: int, *, seed: int = 1) -> list[dict[str, str]]:
+    """Texts in which each word follows from the one before it."""
+    draw = random.Random(seed)
+    starts = [draw.randint(0, 159) for _ in range(count)]
+    return [{"text": " ".join(f"w{(start + i) % 160}" for i in range(draw.randint(5, 40)))} for start in starts]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,140 @@
+"""What becomes of whole jobs: they learn, save, stop, resume, measure and hand over a model."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from finetune_api.contract import ExitCode
+from finetune_api.protocol import BeatKind, Phase
+from tests.trainer.launch import Case
+from tests.trainer.recipes import STEPS
+
+
+def code(case: Case) -> int:
+    """The exit code, which must be one for all ranks."""
+    codes = {outcome["code"] for outcome in case.outcomes}
+    assert len(codes) == 1, case.outcomes
+    return codes.pop()
+
+
+@pytest.mark.parametrize(
+    "name", ["bf16", "bf16-zero-0", "fp16", "fp16-zero-0", "lora", "language-model", "language-model-lora"]
+)
+def test_learns_on_one_rank(name: str, one_rank: dict[str, Case]) -> None:
+    case = one_rank[name]
+    assert code(case) == ExitCode.OK, case.outcomes
+    assert case.beats.losses[-1] < case.beats.losses[0]
+
+
+@pytest.mark.parametrize("name", ["lora-zero-3", "bf16-zero-3", "offload-zero-2", "offload-zero-3"])
+def test_learns_on_two_ranks(name: str, two_ranks: dict[str, Case]) -> None:
+    case = two_ranks[name]
+    assert code(case) == ExitCode.OK, case.outcomes
+    assert case.beats.losses[-1] < case.beats.losses[0]
+
+
+def test_pretraining_from_scratch_lowers_loss_and_measures_perplexity(one_rank: dict[str, Case]) -> None:
+    beats = one_rank["pretraining"].beats
+    assert beats.losses[0] == pytest.approx(math.log(200), abs=0.3)  # knows nothing of 197 words
+    assert beats.losses[-1] < 0.7 * beats.losses[0]
+    assert beats.metrics["perplexity"] == pytest.approx(math.exp(beats.metrics["loss"]))
+
+
+def test_pretraining_starts_and_goes_on_the_same_under_zero_3(
+    one_rank: dict[str, Case], two_ranks: dict[str, Case]
+) -> None:
+    assert two_ranks["pretraining-zero-3"].beats.losses == pytest.approx(one_rank["pretraining"].beats.losses, abs=1e-3)
+
+
+def test_lora_trains_the_same_under_zero_3(one_rank: dict[str, Case], two_ranks: dict[str, Case]) -> None:
+    assert two_ranks["lora-zero-3"].beats.losses == pytest.approx(one_rank["lora"].beats.losses, abs=1e-3)
+
+
+def test_a_loss_that_is_no_number_ends_before_the_first_update(one_rank: dict[str, Case]) -> None:
+    case = one_rank["not-a-number"]
+    assert code(case) == ExitCode.NUMERIC
+    assert case.outcomes[0]["message"].startswith("the loss of step 1 is nan; lower training.optimizer.learningRate")
+    assert case.beats.progress == []
+
+
+def test_fp16_gives_up_when_no_loss_scale_helps(one_rank: dict[str, Case]) -> None:
+    case = one_rank["not-a-number-fp16"]
+    assert code(case) == ExitCode.NUMERIC
+    assert case.outcomes[0]["message"].startswith("FP16 overflowed in 16 steps in a row up to step 16")
+
+
+def test_an_epoch_rounds_up_to_whole_global_batches(one_rank: dict[str, Case]) -> None:
+    progress = one_rank["one-epoch"].beats.progress
+    assert progress[-1].step == progress[-1].total_steps == math.ceil(151 / 12)
+    assert progress[-1].epoch == pytest.approx(13 * 12 / 151)
+
+
+def test_checkpoints_and_evaluations_come_when_they_are_due(one_rank: dict[str, Case]) -> None:
+    beats = one_rank["uninterrupted"].beats
+    assert [checkpoint.step for checkpoint in beats.of(BeatKind.CHECKPOINT)] == [4, 8, 12]
+    assert [evaluation.step for evaluation in beats.of(BeatKind.EVALUATION)] == [6, 12]
+
+
+def test_every_rank_tells_phase_and_step(two_ranks: dict[str, Case]) -> None:
+    beats = [beat for beat in two_ranks["zero-2"].beats.beats if beat.kind == BeatKind.HEARTBEAT]
+    for rank in (0, 1):
+        told = [beat.heartbeat for beat in beats if beat.rank == rank]
+        assert told[0].phase == Phase.INITIALIZING
+        assert {beat.phase for beat in told} == set(Phase)
+        steps = [beat.step for beat in told if beat.phase == Phase.TRAINING]
+        assert sorted(set(steps)) == list(range(STEPS + 1))
+
+
+def test_a_stop_that_one_rank_hears_is_saved_by_all_at_the_same_step(two_ranks: dict[str, Case]) -> None:
+    case = two_ranks["interrupted-1"]
+    assert [outcome["code"] for outcome in case.outcomes] == [ExitCode.SAVED] * 2
+    assert {outcome["message"] for outcome in case.outcomes} == {"stopped on request; step 5 is saved"}
+    assert [checkpoint.step for checkpoint in case.beats.of(BeatKind.CHECKPOINT)] == [5]
+
+
+def test_a_stop_before_the_first_step_has_nothing_to_save(two_ranks: dict[str, Case]) -> None:
+    case = two_ranks["interrupted-0-at-start"]
+    assert code(case) == ExitCode.SAVED
+    assert case.outcomes[0]["message"] == "stopped on request before the first step; there is nothing to save yet"
+    assert case.beats.progress == case.beats.of(BeatKind.CHECKPOINT) == []
+
+
+def test_a_resumed_job_goes_on_as_if_nothing_had_happened(
+    one_rank: dict[str, Case], two_ranks: dict[str, Case]
+) -> None:
+    first, second = two_ranks["interrupted-1"].beats, two_ranks["interrupted-2"].beats
+    assert [progress.step for progress in second.progress] == list(range(6, STEPS + 1))
+    assert first.losses + second.losses == pytest.approx(two_ranks["zero-2"].beats.losses, abs=1e-6)
+    assert first.losses + second.losses == pytest.approx(one_rank["uninterrupted"].beats.losses, abs=1e-3)
+
+
+def test_a_job_that_was_done_training_goes_straight_to_the_result(two_ranks: dict[str, Case]) -> None:
+    case = two_ranks["interrupted-3-is-finished"]
+    assert code(case) == ExitCode.OK
+    assert case.beats.progress == []
+    assert case.beats.metrics == two_ranks["interrupted-2"].beats.metrics
+    assert len(case.beats.of(BeatKind.MODEL)) == 1
+
+
+def test_an_older_generation_ends_as_stale(two_ranks: dict[str, Case]) -> None:
+    assert code(two_ranks["interrupted-4-is-stale"]) == ExitCode.STALE
+
+
+def test_a_job_resumes_on_another_number_of_ranks(two_ranks: dict[str, Case], three_ranks: dict[str, Case]) -> None:
+    losses = two_ranks["resized-1"].beats.losses + three_ranks["resized-2"].beats.losses
+    assert losses == pytest.approx(two_ranks["zero-2"].beats.losses, abs=1e-3)
+
+
+def test_bad_data_ends_all_ranks_with_one_message(two_ranks: dict[str, Case], files: Path) -> None:
+    case = two_ranks["bad-data"]
+    assert code(case) == ExitCode.BAD_DATA
+    assert {outcome["message"] for outcome in case.outcomes} == {
+        f'file://{files}/train.jsonl line 1: no column "sentence"; the columns there are: "text", "label"'
+    }
+
+
+def test_the_listener_hears_no_number_that_is_none(one_rank: dict[str, Case]) -> None:
+    for progress in one_rank["fp16"].beats.progress:
+        assert json.dumps(progress.gradient_norm, allow_nan=False)

@@ -1,0 +1,157 @@
+"""The manifest of a checkpoint: everything but the numbers themselves, as JSON (docs/checkpoint-format.md).
+
+The layout is one list of intervals per object, four integers each, in the order of the bytes. The three states of an
+interval (fp32, exp_avg, exp_avg_sq) follow one another, so that one entry tells where each of them lies.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_trainer.checkpoint.head import FORMAT_VERSION, Unreadable
+
+CHUNK_BYTES = 8 * 2**20
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
+ITEM_BYTES = 4
+MANIFEST_NAME = "manifest.json"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where training stands: ``samples_consumed`` and the ranges of samples skipped, as half-open intervals."""
+
+    step: int
+    samples_consumed: int
+    skipped_ranges: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A trainable parameter, flattened: ``numel`` numbers."""
+
+    name: str
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """``count`` numbers of a parameter from ``start``; their fp32 values begin at byte ``offset`` of the object."""
+
+    parameter: int
+    start: int
+    count: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One object, what it holds and what each of its chunks of ``CHUNK_BYTES`` hashes to."""
+
+    name: str
+    size_bytes: int
+    sha256: tuple[str, ...]
+    intervals: tuple[Interval, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A checkpoint. ``scalars`` is what ``deepspeed_state`` made of the engine, opaque here."""
+
+    position: Position
+    generation: int
+    world_size: int
+    zero_stage: int
+    recipe_digest: str
+    parameters: tuple[Parameter, ...]
+    scalars: Json
+    shards: tuple[Shard, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of all shards."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Return the bytes of a manifest."""
+    position = manifest.position
+    document = {
+        "version": FORMAT_VERSION,
+        "step": position.step,
+        "samplesConsumed": position.samples_consumed,
+        "skippedRanges": [list(pair) for pair in position.skipped_ranges],
+        "generation": manifest.generation,
+        "worldSize": manifest.world_size,
+        "zeroStage": manifest.zero_stage,
+        "recipe": manifest.recipe_digest,
+        "chunkBytes": CHUNK_BYTES,
+        "states": list(STATES),
+        "scalars": manifest.scalars,
+        "parameters": [[parameter.name, parameter.numel] for parameter in manifest.parameters],
+        "shards": [shard_to_json(shard) for shard in manifest.shards],
+    }
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def decode(body: bytes) -> Manifest:
+    """Return the manifest that bytes say.
+
+    Raises:
+        Unreadable: they are none, or one of a version to come.
+    """
+    try:
+        document: Json = json.loads(body)
+        layout = (document["version"], document["chunkBytes"], tuple(document["states"]))
+        if layout != (FORMAT_VERSION, CHUNK_BYTES, STATES):
+            raise Unreadable(f"version, chunk size and states are {layout!r}")
+        return Manifest(
+            position=Position(
+                step=document["step"],
+                samples_consumed=document["samplesConsumed"],
+                skipped_ranges=tuple((first, last) for first, last in document["skippedRanges"]),
+            ),
+            generation=document["generation"],
+            world_size=document["worldSize"],
+            zero_stage=document["zeroStage"],
+            recipe_digest=document["recipe"],
+            parameters=tuple(Parameter(name, numel) for name, numel in document["parameters"]),
+            scalars=document["scalars"],
+            shards=tuple(shard_from_json(shard) for shard in document["shards"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
+
+
+def shard_to_json(shard: Shard) -> Json:
+    """Return a shard's part of the manifest."""
+    intervals = [[i.parameter, i.start, i.count, i.offset] for i in shard.intervals]
+    return {"name": shard.name, "sizeBytes": shard.size_bytes, "sha256": list(shard.sha256), "intervals": intervals}
+
+
+def shard_from_json(document: Json) -> Shard:
+    """Return the shard that a part of a manifest describes."""
+    return Shard(
+        name=document["name"],
+        size_bytes=document["sizeBytes"],
+        sha256=tuple(document["sha256"]),
+        intervals=tuple(Interval(*numbers) for numbers in document["intervals"]),
+    )
+
+
+def digest(body: bytes | memoryview) -> str:
+    """Return the SHA-256 of bytes, in hex."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def chunk_count(shard: Shard) -> int:
+    """Return how many chunks a shard of this size has."""
+    return -(-shard.size_bytes // CHUNK_BYTES)
+
+
+def same_parameters(one: Sequence[Parameter], other: Sequence[Parameter]) -> bool:
+    """Return whether two models train the same parameters, in whatever order they list them."""
+    return sorted((p.name, p.numel) for p in one) == sorted((p.name, p.numel) for p in other)

@@ -1,0 +1,56 @@
+"""Doing things together, beside the training's own collectives.
+
+A gloo group of its own carries small Python values between ranks, so that a save under way never mixes with the
+collectives of the training group, whatever backend and thread those run on. What fails on one rank fails, as the same
+error, on all.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=2)
+"""How long one rank may take for its part; a rank that dies is noticed at once, through its closed connections."""
+
+
+class Ranks:
+    """All ranks of the job. Constructed by all of them together."""
+
+    def __init__(self, *shared_errors: type[Exception]) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._shared_errors = shared_errors
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """Do the work on each rank and return all results, in the order of ranks, on every rank.
+
+        Errors of the kinds given to the constructor are raised everywhere: the one of the lowest rank that has one.
+        """
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, self._outcome(work), group=self._group)
+        for outcome in outcomes:
+            _raise_if_error(outcome)
+        return [cast("T", value) for value, _ in outcomes]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do the work on rank 0 and return its result, or raise its error, on every rank."""
+        outcome = [self._outcome(work) if self.rank == 0 else None]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        _raise_if_error(cast("tuple[Any, Exception | None]", outcome[0]))
+        return cast("tuple[T, None]", outcome[0])[0]
+
+    def _outcome(self, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        try:
+            return work(), None
+        except self._shared_errors as error:
+            return None, error
+
+
+def _raise_if_error(outcome: tuple[Any, Exception | None]) -> None:
+    if outcome[1] is not None:
+        raise outcome[1]
