@@ -1,5 +1,48 @@
-"""One cluster for all tests that want a real one."""
+"""What tests of several folders share: one cluster for the whole session, and the operator on it.
 
-from tests.cluster.conftest import cluster
+FINETUNE_CLUSTER=attach uses a cluster that ``python -m tests.cluster up`` has started, and leaves it running.
+"""
 
-__all__ = ["cluster"]
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import Cluster
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if os.environ.get("FINETUNE_CLUSTER") == "attach":
+        yield Cluster.attach()
+        return
+    started = Cluster.start(nodes=2)
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture(scope="session")
+def operator(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    """The cluster, with the operator installed and what the jobs train on in its store."""
+    from tests.cluster.installation import install_on
+    from tests.cluster.training_inputs import upload_inputs
+
+    install_on(cluster)
+    upload_inputs(cluster, tmp_path_factory.mktemp("inputs"))
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def namespace(operator: Cluster) -> Iterator[str]:
+    """A namespace that enforces the Pod Security Standard "restricted", with the store's credentials in it."""
+    from tests.cluster.training_inputs import make_namespace
+
+    name = f"jobs-{secrets.token_hex(3)}"
+    make_namespace(operator, name)
+    yield name
+    operator.kubectl("delete", "namespace", name, "--wait=false")

@@ -205,7 +205,7 @@ class Cluster:
         path = os.pathsep.join([*directories, os.environ.get("PATH", "")])
         return {"KUBECONFIG": str(self.kubeconfig), "PATH": path, **helm, **self.s3.environment()}
 
-    def kubectl(self, *arguments: str, input: str | None = None, check: bool = True) -> str:  # noqa: A002
+    def kubectl(self, *arguments: str, input: str | None = None, check: bool = True) -> str:
         return run(
             [self.programs["kubectl"], *arguments], input=input, env={"KUBECONFIG": str(self.kubeconfig)}, check=check
         )

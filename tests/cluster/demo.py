@@ -55,7 +55,9 @@ class Target:
 
 def main() -> int:
     """Run the demo."""
-    parser = argparse.ArgumentParser(prog="make demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="make demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--context", help="kubeconfig context of a cluster of yours")
     arguments = parser.parse_args()
     try:
@@ -186,7 +188,9 @@ def _follow(target: Target) -> dict[str, Any]:
         if status.get("completionTime"):
             return status
         time.sleep(FOLLOW_SECONDS)
-    raise ClusterError(f"the job has not ended within {DEMO_LIMIT_SECONDS:.0f} s: `kubectl describe ftj {JOB} -n {NAMESPACE}`")
+    raise ClusterError(
+        f"the job has not ended within {DEMO_LIMIT_SECONDS:.0f} s: `kubectl describe ftj {JOB} -n {NAMESPACE}`"
+    )
 
 
 def _line(status: Mapping[str, Any]) -> str:
@@ -222,7 +226,14 @@ def _show_result(target: Target, status: Mapping[str, Any], baselines: str) -> N
     print(f"The model: {status['model']['uri']}\n")
     for sentence in ("A tender, funny and beautifully acted film.", "Two hours of my life that I will never get back."):
         subprocess.run(
-            [sys.executable, str(EXAMPLE / "classify.py"), "--endpoint", target.endpoint, status["model"]["uri"], sentence],
+            [
+                sys.executable,
+                str(EXAMPLE / "classify.py"),
+                "--endpoint",
+                target.endpoint,
+                status["model"]["uri"],
+                sentence,
+            ],
             env={**os.environ, **store},
             check=True,
         )

@@ -42,7 +42,14 @@ def install_operator(
     file = folder / "operator-values.json"
     file.write_text(json.dumps(document))
     upgrade = ("helm", "upgrade", "--install")
-    run(*upgrade, CRDS_RELEASE, str(ROOT / "charts/finetune-crds"), "--namespace", SYSTEM_NAMESPACE, "--create-namespace")
+    run(
+        *upgrade,
+        CRDS_RELEASE,
+        str(ROOT / "charts/finetune-crds"),
+        "--namespace",
+        SYSTEM_NAMESPACE,
+        "--create-namespace",
+    )
     chart = str(ROOT / "charts/finetune-operator")
     run(*upgrade, RELEASE, chart, "--namespace", SYSTEM_NAMESPACE, "--values", str(file), "--wait", "--timeout", "120s")
 

@@ -82,13 +82,19 @@ class Job:
 
     def run_in(self, pod: str, *command: str) -> str:
         """Run a command in a pod's trainer container."""
-        return self.cluster.kubectl("exec", "--namespace", self.namespace, pod, "--container", "trainer", "--", *command)
+        return self.cluster.kubectl(
+            "exec", "--namespace", self.namespace, pod, "--container", "trainer", "--", *command
+        )
 
     def story(self) -> str:
         """Return everything that helps to understand a failure."""
-        describe = self.cluster.kubectl("get", "ftj", self.name, "--namespace", self.namespace, "-o", "yaml", check=False)
+        describe = self.cluster.kubectl(
+            "get", "ftj", self.name, "--namespace", self.namespace, "-o", "yaml", check=False
+        )
         pods = self.cluster.kubectl("describe", "pods", "--namespace", self.namespace, check=False)[-6000:]
-        logs = "\n".join(f"--- {p['metadata']['name']}\n{self.logs(p['metadata']['name'])[-4000:]}" for p in self.pods())
+        logs = "\n".join(
+            f"--- {p['metadata']['name']}\n{self.logs(p['metadata']['name'])[-4000:]}" for p in self.pods()
+        )
         return f"{describe}\n{pods}\n{logs}\n--- operator\n{operator_log(self.cluster)[-4000:]}"
 
 

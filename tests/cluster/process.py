@@ -28,7 +28,7 @@ _children: dict[int, subprocess.Popen[bytes]] = {}
 def run(
     argv: Sequence[str | Path],
     *,
-    input: str | None = None,  # noqa: A002  # as subprocess names it
+    input: str | None = None,  # as subprocess names it
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     check: bool = True,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,12 @@ pytestmark = pytest.mark.cluster
 CONDITIONS = ["Ready", "Reconciling", "Stalled", "Suspended", "Complete", "Failed"]
 
 
-def test_a_job_trains_on_two_nodes_and_leaves_a_model_that_loads(operator: Cluster, namespace: str, tmp_path: Path) -> None:
-    job = submit(operator, namespace, "sentiment", recipe_spec(operator, steps=40))
+def test_a_job_trains_on_two_nodes_and_leaves_a_model_that_loads(
+    operator: Cluster, namespace: str, tmp_path: Path
+) -> None:
+    spec = recipe_spec(operator, steps=150)
+    spec["checkpoint"]["interval"]["steps"] = 50
+    job = submit(operator, namespace, "sentiment", spec)
     running = job.wait_for_phase("Running")
     assert running["gang"]["ready"] == 2
     pods = {pod["metadata"]["uid"]: pod for pod in job.pods()}
@@ -26,12 +31,12 @@ def test_a_job_trains_on_two_nodes_and_leaves_a_model_that_loads(operator: Clust
     assert [condition["type"] for condition in done["conditions"]] == CONDITIONS
     assert {c["type"] for c in done["conditions"] if c["status"] == "True"} == {"Ready", "Complete"}
     assert all(c["reason"] and c["message"] for c in done["conditions"])
-    assert (done["progress"]["step"], done["progress"]["totalSteps"], done["progress"]["percent"]) == (40, 40, 100)
+    assert (done["progress"]["step"], done["progress"]["totalSteps"], done["progress"]["percent"]) == (150, 150, 100)
     assert done["gang"]["generation"] == 1
     assert "restarts" not in done
     metrics = {metric["name"]: float(metric["value"]) for metric in done["evaluation"]["metrics"]}
     assert metrics["accuracy"] > 0.6, "the sentences are easy"
-    assert done["checkpoint"]["step"] == 40
+    assert done["checkpoint"]["step"] == 150
 
     prefix = done["model"]["uri"]
     uid = operator.get("ftj", "sentiment", namespace)["metadata"]["uid"]
@@ -43,16 +48,22 @@ def test_a_job_trains_on_two_nodes_and_leaves_a_model_that_loads(operator: Clust
     tokenizer = AutoTokenizer.from_pretrained(folder)
     logits = model(**tokenizer("the plot was superb and witty", return_tensors="pt")).logits
     assert model.config.id2label[int(logits.argmax())] == "positive"
-    assert f"{metrics['accuracy']:.2f}"[:3] in (folder / "README.md").read_text()
+    assert f"| accuracy | {metrics['accuracy']:.3g}" in (folder / "README.md").read_text()
 
     columns = operator.kubectl("get", "ftj", "sentiment", "-n", namespace).splitlines()
     assert columns[0].split() == ["NAME", "PHASE", "PROGRESS", "STEP", "LOSS", "NODES", "RESTARTS", "AGE"]
+    operator.kubectl(
+        *("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod", "-n", namespace, "--timeout=60s"),
+        *("-l", "finetune.dev/job=sentiment"),
+    )
     for pod in job.pods():
-        assert pod["status"]["phase"] == "Succeeded", "finished pods stay readable"
+        assert "finetune-agent" in job.logs(pod["metadata"]["name"]), "finished pods stay readable"
         assert "serviceAccountToken" not in json.dumps(pod["spec"]["containers"])
     job.delete()
     assert job.pods() == []
-    left = operator.kubectl("get", "configmap,networkpolicy", "-n", namespace, "-l", "finetune.dev/job=sentiment", "-o", "name")
+    left = operator.kubectl(
+        "get", "configmap,networkpolicy", "-n", namespace, "-l", "finetune.dev/job=sentiment", "-o", "name"
+    )
     assert left.strip() == ""
 
 
@@ -128,7 +139,7 @@ def test_what_only_the_operator_sees_stalls_without_a_pod_and_heals(operator: Cl
     job.delete()
 
 
-def _reason(status: dict, kind: str) -> str:
+def _reason(status: dict[str, Any], kind: str) -> str:
     return next((c["reason"] for c in status.get("conditions", []) if c["type"] == kind and c["status"] == "True"), "")
 
 

@@ -43,7 +43,9 @@ def test_a_deleted_pod_is_replaced_and_the_other_stays(operator: Cluster, namesp
     job.wait("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
     kept, lost = (pod["metadata"] for pod in job.pods())
     operator.kubectl("delete", "pod", "-n", namespace, lost["name"], "--wait=false")
-    status = job.wait("the next generation runs", lambda s: s["gang"]["generation"] == 2 and s["phase"] == "Running", 300)
+    status = job.wait(
+        "the next generation runs", lambda s: s["gang"]["generation"] == 2 and s["phase"] == "Running", 300
+    )
     members = {member["rank"]: member for member in status["gang"]["members"]}
     assert members[0]["uid"] == kept["uid"]
     assert members[1]["uid"] != lost["uid"]
@@ -68,7 +70,9 @@ def test_a_gang_that_keeps_failing_gives_up_and_says_why(operator: Cluster, name
 def test_an_operator_that_dies_disturbs_no_training(operator: Cluster, namespace: str) -> None:
     job = submit(operator, namespace, "steady", script_spec(operator, PATIENT))
     before = job.wait_for_phase("Running")
-    operator.kubectl("delete", "pod", "-n", SYSTEM_NAMESPACE, "-l", "app.kubernetes.io/name=finetune-operator", "--wait")
+    operator.kubectl(
+        "delete", "pod", "-n", SYSTEM_NAMESPACE, "-l", "app.kubernetes.io/name=finetune-operator", "--wait"
+    )
     operator.kubectl("rollout", "status", "-n", SYSTEM_NAMESPACE, f"deployment/{RELEASE}", "--timeout=90s")
     _finish(job)
     done = job.wait_for_phase("Succeeded")
@@ -94,7 +98,9 @@ def test_suspend_saves_and_gives_the_pods_back_and_resume_goes_on(operator: Clus
     job = submit(operator, namespace, "paused", recipe_spec(operator, steps=300))
     job.wait("some steps", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
     job.patch({"suspend": True})
-    job.wait("all pods are gone", lambda s: s["phase"] == "Suspended" and s["gang"]["generation"] == 2 and not job.pods())
+    job.wait(
+        "all pods are gone", lambda s: s["phase"] == "Suspended" and s["gang"]["generation"] == 2 and not job.pods()
+    )
     assert job.condition("Ready")["status"] == "True", "suspended is what was asked for"
     job.patch({"suspend": False})
     done = job.wait_for_phase("Succeeded", 300)

@@ -1,5 +1,7 @@
 """Script jobs on the real cluster: programs that know nothing of this project."""
 
+from typing import Any
+
 import pytest
 
 from tests.cluster.cluster import Cluster
@@ -32,7 +34,9 @@ def test_an_unmodified_transformers_script_shows_its_progress(operator: Cluster,
     job.delete()
 
 
-def test_every_rank_gets_torchruns_environment_and_its_own_prefix_in_the_logs(operator: Cluster, namespace: str) -> None:
+def test_every_rank_gets_torchruns_environment_and_its_own_prefix_in_the_logs(
+    operator: Cluster, namespace: str
+) -> None:
     code = (
         "import os, torch.distributed as d; d.init_process_group('gloo'); "
         "print('rank', d.get_rank(), 'of', d.get_world_size(), 'user', os.getuid())"
@@ -62,5 +66,7 @@ def test_an_image_that_cannot_be_pulled_is_told_and_costs_no_restart(operator: C
     job.delete()
 
 
-def _stalled(status: dict) -> str:
-    return next((c["reason"] for c in status.get("conditions", []) if c["type"] == "Stalled" and c["status"] == "True"), "")
+def _stalled(status: dict[str, Any]) -> str:
+    return next(
+        (c["reason"] for c in status.get("conditions", []) if c["type"] == "Stalled" and c["status"] == "True"), ""
+    )

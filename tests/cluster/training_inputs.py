@@ -64,7 +64,7 @@ def recipe_spec(cluster: Cluster, *, steps: int = 12, nodes: int = 2, train: str
                 "globalBatchSize": 16,
                 "microBatchSize": 8,
                 "precision": "FP32",
-                "optimizer": {"learningRate": 0.003},
+                "optimizer": {"learningRate": 0.002},
             },
             "evaluation": {"metrics": ["Accuracy", "MacroF1"]},
         },
@@ -83,4 +83,4 @@ def script_spec(cluster: Cluster, code: str, *, nodes: int = 2, image: str | Non
 
 
 def workers(nodes: int) -> dict[str, Any]:
-    return {"nodes": nodes, "resources": {"cpu": "400m", "memory": "2Gi"}}
+    return {"nodes": nodes, "resources": {"cpu": "1", "memory": "2Gi"}}

@@ -21,10 +21,10 @@ def test_a_new_job_mints_generation_1_and_creates_one_pod_for_each_rank() -> Non
       conditions:
       - {type: Ready, status: "False", reason: Creating, message: "ranks 0, 1 of 2: the pod is being created", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
       - {type: Reconciling, status: "True", reason: Creating, message: "ranks 0, 1 of 2: the pod is being created", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
-      - {type: Stalled, status: "False", reason: Creating, message: "ranks 0, 1 of 2: the pod is being created", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
-      - {type: Suspended, status: "False", reason: Creating, message: "ranks 0, 1 of 2: the pod is being created", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
-      - {type: Complete, status: "False", reason: Creating, message: "ranks 0, 1 of 2: the pod is being created", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
-      - {type: Failed, status: "False", reason: Creating, message: "ranks 0, 1 of 2: the pod is being created", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
+      - {type: Stalled, status: "False", reason: NotStalled, message: "nobody's help is needed", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
+      - {type: Suspended, status: "False", reason: NotSuspended, message: "spec.suspend is false", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
+      - {type: Complete, status: "False", reason: NotComplete, message: "the job has not succeeded", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
+      - {type: Failed, status: "False", reason: NotFailed, message: "the job has not failed", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
     """)
 
 

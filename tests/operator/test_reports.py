@@ -23,7 +23,8 @@ from finetune_api.protocol import (
     to_wire,
 )
 from finetune_api.status import JobStatus
-from finetune_operator.jobserver.reports import Reports, check_plausible
+from finetune_operator.jobserver.plausible import check_plausible
+from finetune_operator.jobserver.reports import Reports
 from tests.operator.documents import NOON
 from tests.operator.story import Story, idle_report
 

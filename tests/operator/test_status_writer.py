@@ -91,10 +91,8 @@ async def test_jobs_that_must_wait_for_others_are_given_turns_and_not_asked_to_c
     assert scene.writes == 1
     assert max(waits) == pytest.approx(99 / 20)
     assert len(set(waits)) == 100
-    asked = 0
     for number in sorted(range(100), key=waits.__getitem__)[1:]:
         scene.now = NOON + timedelta(seconds=waits[number])
-        asked += 1
         assert await scene.progress(2, number) is None, "its turn is its turn"
     assert scene.writes == 100
 

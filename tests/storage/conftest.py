@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+
 from tests.storage.seaweedfs import S3Server, running_seaweedfs
 
 

@@ -23,7 +23,7 @@ def cases_of_one_rank(files: Path) -> dict[str, Case]:
     return {
         **stages(files),
         "uninterrupted": Case(classification(files, evaluation=EVERY_SIX), checkpoint={"intervalSteps": 4}),
-        "long": Case(classification(files, training={"steps": 80, "optimizer": {"learningRate": 2.0e-3}})),
+        "long": Case(classification(files, training={"steps": 150, "optimizer": {"learningRate": 2.0e-3}})),
         "gradient-checkpointing": Case(classification(files, training={"gradientCheckpointing": True})),
         "micro-batches-of-6": Case(classification(files, training={"microBatchSize": 6})),
         "bf16": Case(classification(files, training={"precision": "BF16"})),

@@ -1,12 +1,15 @@
 """Beats: what is sent, and that sending never blocks and never fails."""
 
+import contextlib
+import json
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from finetune_api import contract
-from finetune_api.protocol import BeatKind, Evaluation, Metric, Phase, Progress
+from finetune_api.protocol import Beat, BeatKind, Evaluation, Metric, Phase, Progress, from_wire
 from finetune_trainer.progress import Reporter, one_line
 from tests.trainer.launch import listening
 
@@ -54,6 +57,22 @@ def test_an_agent_that_does_not_read_costs_nothing(tmp_path: Path) -> None:
         worker = reporter(tmp_path)
         for step in range(5000):  # more than any queue holds
             worker.phase(Phase.TRAINING, step)
+
+
+def test_what_nothing_repeats_waits_for_room_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as slow:
+        slow.bind(str(tmp_path / "beats"))
+        worker = reporter(tmp_path)
+        for step in range(5000):
+            worker.phase(Phase.TRAINING, step)
+        monkeypatch.setattr(time, "sleep", lambda _: slow.recv(65536))  # the agent reads while the worker waits
+        worker.model("s3://b/p/model")
+        slow.setblocking(False)
+        received = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                received.append(from_wire(Beat, json.loads(slow.recv(65536))))
+    assert received[-1].kind == BeatKind.MODEL
 
 
 def test_an_agent_that_restarts_is_heard_again(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What a worker tells its agent, and what rank 0 prints.
 
-Beats are datagrams to a Unix socket. Sending never blocks and never fails: a full queue, a dead agent or no agent at all cost a
-beat and nothing else, because every beat but the failure is replaced by the next.
+Beats are datagrams to a Unix socket. Sending never fails: no agent, a dead one or a full queue (ten datagrams on many machines) cost a beat and
+nothing else. Heartbeats and progress, which the next one replaces, are not even waited for; the rare others, which nothing repeats, are
+tried again for up to half a second when the queue is full.
 """
 
 import json
@@ -26,6 +27,11 @@ from finetune_api.protocol import (
     Progress,
     to_wire,
 )
+
+QUEUE_SECONDS = 0.5
+"""How long a beat that nothing repeats waits for room in the agent's queue."""
+
+REPLACED = (BeatKind.HEARTBEAT, BeatKind.PROGRESS)
 
 PRINT_SECONDS = 3.0
 """Rank 0 prints at most one line of progress in so many seconds; a log is read by people."""
@@ -102,10 +108,18 @@ class Reporter:
             return
         beat = Beat(kind=kind, rank=self.rank, generation=self._generation, **member)  # type: ignore[arg-type]
         body = json.dumps(to_wire(beat), separators=(",", ":")).encode()
-        try:
-            self._open().sendto(body, self._address)
-        except OSError:
-            return  # no agent listens, or its queue is full
+        deadline = time.monotonic() + (0 if kind in REPLACED else QUEUE_SECONDS)
+        while True:
+            try:
+                self._open().sendto(body, self._address)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    return
+                time.sleep(0.01)
+            except OSError:
+                return  # no agent listens
+            else:
+                return
 
     def _open(self) -> socket.socket:
         if self._socket is None:
@@ -128,7 +142,9 @@ def metrics_text(metrics: list[Metric]) -> str:
 
 def _finite(progress: Progress) -> Progress:
     """Return the progress without numbers that JSON has no word for."""
-    odd = {name: None for name, value in vars(progress).items() if isinstance(value, float) and not math.isfinite(value)}
+    odd = {
+        name: None for name, value in vars(progress).items() if isinstance(value, float) and not math.isfinite(value)
+    }
     told: Progress = replace(cast("Any", progress), **odd)
     return told
 

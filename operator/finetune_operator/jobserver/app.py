@@ -16,7 +16,8 @@ from finetune_api.job import parse_job
 from finetune_api.protocol import SERVED_VERSIONS, Action, Order, Report, from_wire, to_wire
 from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.auth import Caller, TokenVerifier, Unauthorized
-from finetune_operator.jobserver.reports import Reports, check_plausible
+from finetune_operator.jobserver.plausible import check_plausible
+from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.errors import KubeError
 from finetune_operator.plan.orders import order_for
 from finetune_operator.views import PodView

@@ -1,41 +1,11 @@
 """The newest report of each agent, in memory: agents repeat themselves, so an operator that starts anew soon knows it all again."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from types import MappingProxyType
 
-from finetune_api.protocol import Exit, Report
+from finetune_api.protocol import Report
 from finetune_operator.plan.observation import Heard
-
-LARGEST = 2**53
-TEXT_LIMIT = 2048
-
-
-def check_plausible(value: object, path: str = "$") -> None:
-    """Refuse numbers and texts that status cannot hold: one pod's report must not keep its job from being planned or stored.
-
-    Raises:
-        ValueError: with the path of what is out of range.
-    """
-    if isinstance(value, Report) and not (0 < value.port < 65536 and len(value.address) <= 64):
-        raise ValueError("$.port, $.address: out of range")
-    if dataclasses.is_dataclass(value) and not isinstance(
-        value, Exit
-    ):  # the log of an exit may be long, and is cut in status
-        for field in dataclasses.fields(value):
-            check_plausible(getattr(value, field.name), f"{path}.{field.name}")
-    elif isinstance(value, Exit):
-        for number in (value.generation, value.rank, value.exit_code or 0, value.signal or 0):
-            if not -1 <= number < 2**31:
-                raise ValueError(f"{path}: out of range")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            check_plausible(item, f"{path}[{index}]")
-    elif isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < LARGEST:
-        raise ValueError(f"{path}: out of range")
-    elif isinstance(value, str) and len(value) > TEXT_LIMIT:
-        raise ValueError(f"{path}: longer than {TEXT_LIMIT} characters")
 
 
 class Reports:

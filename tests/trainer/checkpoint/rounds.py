@@ -1,10 +1,10 @@
 """What the ranks of a launch do, for all cases in turn; started by test_round_trips.py under torchrun.
 
-    rounds.py save|resume|reshape|die ENDPOINT PREFIX FOLDER
+    rounds.py ENDPOINT PREFIX FOLDER save|resume|reshape|die...
 
 ``save`` trains without checkpoints and once more with a save on the way; ``resume`` takes that up in new processes; ``reshape``
-loads into another ZeRO stage or world size and saves again; ``die`` kills a rank in the middle of a save. Each rank writes what it
-saw to FOLDER as JSON.
+loads into another ZeRO stage or world size and saves again; ``die`` kills a rank in the middle of a save. After each of them a rank
+writes what it saw to FOLDER as JSON.
 """
 
 import json
@@ -77,7 +77,7 @@ class Rounds:
             store=store or S3ObjectStore(self.endpoint),
             prefix=f"{self.prefix}/{slug(name)}",
             generation=generation,
-            keep=2,
+            keep=9,
             recipe_digest="recipe",
         )
 
@@ -125,7 +125,7 @@ class Rounds:
 
     def reshape(self):
         for number, (source, target) in enumerate(RESHAPES[dist.get_world_size()]):
-            generation = 10 * dist.get_world_size() + number  # of the launch on one rank, then of that on two
+            generation = 20 // dist.get_world_size() + number  # first two ranks, then one
             engine = new_engine(CASES[target])
             checkpoints = self.checkpoints(engine, source, generation)
             found = checkpoints.resume()
@@ -149,11 +149,13 @@ def position(step):
 
 
 def main():
-    what, endpoint, prefix, folder = sys.argv[1:]
+    endpoint, prefix, folder, *activities = sys.argv[1:]
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    rounds = Rounds(endpoint, prefix)
-    getattr(rounds, what)()
-    Path(folder, f"{what}-{dist.get_world_size()}-{dist.get_rank()}.json").write_text(json.dumps(rounds.seen))
+    for activity in activities:
+        rounds = Rounds(endpoint, prefix)
+        getattr(rounds, activity)()
+        name = f"{activity}-{dist.get_world_size()}-{dist.get_rank()}.json"
+        Path(folder, name).write_text(json.dumps(rounds.seen))
 
 
 if __name__ == "__main__":

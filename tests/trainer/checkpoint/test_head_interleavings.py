@@ -70,7 +70,9 @@ def steps(world: World, writer: Writer):
         return
     if writer.pending is None:
         yield read(world, writer)
-        if writer.unresolved:  # it may give up: a save, and go on to the next one; or the resume, and with it everything
+        if (
+            writer.unresolved
+        ):  # it may give up: a save, and go on to the next one; or the resume, and with it everything
             is_save = isinstance(writer.changes[0], Add)
             rest = writer.changes[1:] if is_save else ()
             yield world, replace(writer, swap=None, changes=rest, unresolved=False, ended="" if is_save else "gave up")
@@ -153,7 +155,9 @@ def writer(generation: int, *, keep: int, losses: int, name: str = "", extra: tu
     return Writer(generation, name or f"g{generation}", changes, losses)
 
 
-@pytest.mark.parametrize("losses", [(1, 1), (2, 0), (0, 2)], ids=["one answer lost each", "two of the lower", "two of the higher"])
+@pytest.mark.parametrize(
+    "losses", [(1, 1), (2, 0), (0, 2)], ids=["one answer lost each", "two of the lower", "two of the higher"]
+)
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("head", [None, START], ids=["on a new prefix", "on a prefix with checkpoints"])
 def test_two_generations_never_lose_or_forge_a_checkpoint(head, keep, losses):
