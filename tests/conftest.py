@@ -46,3 +46,10 @@ def namespace(operator: Cluster) -> Iterator[str]:
     make_namespace(operator, name)
     yield name
     operator.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever uses the cluster is marked so, and cannot be forgotten."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.cluster)

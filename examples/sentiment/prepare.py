@@ -66,7 +66,7 @@ def main() -> None:
         f"{arguments.data}/evaluation.jsonl": as_jsonl(evaluation),
         **{f"{arguments.model}/{path.name}": path.read_bytes() for path in find_model_files()},
     }
-    upload(files, endpoint=arguments.endpoint)
+    upload(files, storage=arguments.storage, endpoint=arguments.endpoint)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--endpoint", help="URL of an S3-compatible store; default: AWS. Credentials: AWS_* as usual")
     parser.add_argument("--model", default="s3://models/minilm", help="where the model goes (default: %(default)s)")
     parser.add_argument("--data", default="s3://datasets/reviews", help="where the data goes (default: %(default)s)")
+    parser.add_argument("--storage", default="s3://checkpoints", help="bucket for checkpoints (default: %(default)s)")
     parser.add_argument("--no-baselines", dest="baselines", action="store_false", help="do not train the baselines")
     return parser.parse_args()
 
@@ -197,14 +198,14 @@ def find_model_files() -> list[Path]:
     return [folder / name for name in MODEL_FILES]
 
 
-def upload(files: dict[str, bytes], *, endpoint: str | None) -> None:
+def upload(files: dict[str, bytes], *, storage: str, endpoint: str | None) -> None:
     import boto3
     from botocore.config import Config
 
     client = boto3.client(
         "s3", endpoint_url=endpoint, config=Config(s3={"addressing_style": "path"}) if endpoint else None
     )
-    for bucket in sorted({uri.split("/")[2] for uri in files}):
+    for bucket in sorted({uri.split("/")[2] for uri in (storage, *files)}):
         ensure_bucket(client, bucket)
     for uri, body in files.items():
         _, _, bucket, key = uri.split("/", 3)

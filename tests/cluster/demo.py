@@ -1,6 +1,6 @@
 """``make demo``: a real Kubernetes on this machine, the operator by Helm, and the sentiment example on two nodes.
 
-Model and data are prepared while the cluster comes up. What the job tells in its status is printed as it changes. Everything is left
+Model and data are prepared while the operator is installed. What the job tells in its status is printed as it changes. Everything is left
 running for a look around, and the last lines say how to look and how to take it down.
 
 With ``--context`` the demo uses a cluster of yours: the images must be where it can pull them, and the store where its pods reach it.
@@ -29,6 +29,7 @@ from tests.cluster.installation import ROOT, SYSTEM_NAMESPACE, Images, install_o
 NAMESPACE = "team-a"
 JOB = "sentiment"
 EXAMPLE = ROOT / "examples/sentiment"
+SENTENCES = ("A tender, funny and beautifully acted film.", "Two hours of my life that I will never get back.")
 FOLLOW_SECONDS = 2.0
 DEMO_LIMIT_SECONDS = 3600.0
 
@@ -74,15 +75,12 @@ def main() -> int:
 
 def _demo(target: Target | None) -> int:
     began = time.monotonic()
-    with ThreadPoolExecutor() as pool:
-        inputs = pool.submit(_make_inputs)
-        if target is None:
-            target = _this_machine()
-        inputs.result()
-    with step("operator installed with Helm"):
-        _install(target)
-    with step("model and data put into S3"):
+    if target is None:
+        target = _this_machine()
+    with ThreadPoolExecutor() as pool, step("operator installed with Helm; model and data put into S3"):
+        installed = pool.submit(_install, target)
         baselines = _prepare(target)
+        installed.result()
     _submit(target)
     status = _follow(target)
     if status.get("phase") != "Succeeded":
@@ -132,11 +130,6 @@ def _own_cluster(context: str, folder: Path) -> Target:
         credentials=(os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]),
         folder=folder,
     )
-
-
-def _make_inputs() -> None:
-    """Fetch and split the example's data, and compute its baselines, while the cluster is made."""
-    subprocess.run([sys.executable, str(EXAMPLE / "prepare.py"), "--no-upload"], check=True, stdout=subprocess.DEVNULL)
 
 
 def _install(target: Target) -> None:
@@ -222,21 +215,12 @@ def _show_result(target: Target, status: Mapping[str, Any], baselines: str) -> N
     key, secret = target.credentials
     store = {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_DEFAULT_REGION": "us-east-1"}
     print(f"\nEvaluation of the fine-tuned model: {_metrics(status)}")
-    print("\n".join(line for line in baselines.splitlines() if "baseline" in line.lower()))
+    print("\n".join(line for line in baselines.splitlines() if line.startswith("macro F1")))
     print(f"The model: {status['model']['uri']}\n")
-    for sentence in ("A tender, funny and beautifully acted film.", "Two hours of my life that I will never get back."):
-        subprocess.run(
-            [
-                sys.executable,
-                str(EXAMPLE / "classify.py"),
-                "--endpoint",
-                target.endpoint,
-                status["model"]["uri"],
-                sentence,
-            ],
-            env={**os.environ, **store},
-            check=True,
-        )
+    where = ("--endpoint", target.endpoint, "--model", status["model"]["uri"])
+    subprocess.run(
+        [sys.executable, str(EXAMPLE / "classify.py"), *where, *SENTENCES], env={**os.environ, **store}, check=True
+    )
 
 
 def _say_how_to_look(target: Target) -> None:

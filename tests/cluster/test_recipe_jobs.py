@@ -10,8 +10,6 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import submit
 from tests.cluster.training_inputs import BUCKET, make_namespace, make_secret, put_data, recipe_spec
 
-pytestmark = pytest.mark.cluster
-
 CONDITIONS = ["Ready", "Reconciling", "Stalled", "Suspended", "Complete", "Failed"]
 
 

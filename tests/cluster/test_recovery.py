@@ -2,14 +2,10 @@
 
 import time
 
-import pytest
-
 from tests.cluster.cluster import Cluster
 from tests.cluster.installation import RELEASE, SYSTEM_NAMESPACE
 from tests.cluster.jobs import Job, submit
 from tests.cluster.training_inputs import recipe_spec, script_spec
-
-pytestmark = pytest.mark.cluster
 
 # Ends when told to by a file, fails when told to by another, and says which generation it is.
 PATIENT = """

@@ -2,13 +2,9 @@
 
 from typing import Any
 
-import pytest
-
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import submit
 from tests.cluster.training_inputs import script_spec
-
-pytestmark = pytest.mark.cluster
 
 # Nothing but transformers' documented interface: the progress comes from its own KubeflowCallback.
 UNMODIFIED_TRAINER = """

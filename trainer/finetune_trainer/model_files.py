@@ -1,7 +1,7 @@
 """The files of a model: which are needed, which are refused before anything is loaded, and where they lie on the node.
 
 A model is a directory in Hugging Face layout. Weights are safetensors or nothing: every other format is a pickle or may hold
-one, and loading it would run its author's code (DESIGN §10). For the same reason a configuration that names classes of its own
+one, and loading it would run its author's code. For the same reason a configuration that names classes of its own
 (``auto_map``) is refused: it only works with its author's code.
 """
 
@@ -53,10 +53,10 @@ def pin_model(uri: str, store: ObjectStore, claims: Path, *, with_weights: bool)
     names = {file.name for file in pinned.files}
     if CONFIG not in names:
         raise BadConfig(f"{uri}: there is no {CONFIG}; a model is a directory in Hugging Face layout")
-    if not any(_matches(name, TOKENIZERS) for name in names):  # transformers would make up an empty one
-        raise BadConfig(f"{uri}: there is no tokenizer.json, nor any other file of a tokenizer")
     if with_weights:
         _require_weights(uri, names)
+    if not any(_matches(name, TOKENIZERS) for name in names):  # transformers would make up an empty one
+        raise BadConfig(f"{uri}: there is no tokenizer.json, nor any other file of a tokenizer")
     wanted = (*DESCRIPTIONS, *(WEIGHTS if with_weights else ()))
     return replace(pinned, files=tuple(file for file in pinned.files if _matches(file.name, wanted)))
 

@@ -5,7 +5,7 @@ be saved, restored or forgotten.
 
 Gradients are accumulated as sums over targets divided by the number of targets in the whole global batch, counted beforehand. DeepSpeed
 averages over ranks, hence the factor of the world size; its own division by the number of accumulation rounds is turned off. So every
-target weighs the same, whichever micro-batch and rank it falls to (facts §3: the usual mean of means was 44 % off).
+target weighs the same, whichever micro-batch and rank it falls to (the usual mean of means was 44 % off on uneven text).
 
 ZeRO stage 0 in FP32 is a plain optimizer and DeepSpeed tells no gradient norm for it, so at stage 0 we measure (and in FP32 clip) ourselves.
 """

@@ -3,7 +3,7 @@
 A rank that fails alone leaves its peers inside a collective until a timeout. So whatever can go wrong for a known reason on one rank
 (reading data, downloading a model) runs inside :meth:`Ranks.together`, :meth:`Ranks.once_per_node` or :meth:`Ranks.once`: the
 outcomes are exchanged, and the first known error is raised on every rank, with the same message and hence the same exit code.
-An unknown error needs no such care: its process dies, and gloo peers of a dead process fail within 50 ms (facts §2).
+An unknown error needs no such care: its process dies, and gloo peers of a dead process fail within 50 ms.
 
 These exchanges use a gloo group of their own, with a timeout of a day, because one node may download while the others wait, and the
 training group may be NCCL, whose collectives must not be interleaved with waiting on a file.

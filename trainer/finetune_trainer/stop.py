@@ -1,7 +1,7 @@
 """The wish to stop: SIGTERM sets a flag, and nothing else happens until all ranks have agreed on a step.
 
 A save is collective. A rank that saved as soon as it heard the signal would wait for peers that are in the middle of a step, so the loop
-sums the flags of all ranks once per step and acts on the sum (transformers' Trainer does not, and hung: facts §3).
+sums the flags of all ranks once per step and acts on the sum (transformers' Trainer does not, and hung).
 """
 
 import signal

@@ -97,7 +97,7 @@ def read(world: World, writer: Writer):
         case Settled(head):
             return settle(world, replace(writer, swap=swap), head)
         case Overtaken(head):
-            assert head.generation > writer.generation or not head.nonce.startswith(writer.name)
+            assert head.nonce not in writer.owned, "a writer took its own success for another's"
             return world, replace(writer, ended="stale")
         case Write() as write:
             owned = writer.owned | {nonce}
@@ -175,7 +175,7 @@ def test_two_generations_never_lose_or_forge_a_checkpoint(head, keep, losses):
 
 def test_dropping_what_cannot_be_loaded_is_as_safe():
     lost = (START.kept[0],)
-    start = World(START, (writer(1, keep=2, losses=1), writer(2, keep=2, losses=2, extra=(Drop(lost),))))
+    start = World(START, (writer(1, keep=2, losses=1), writer(2, keep=2, losses=1, extra=(Drop(lost),))))
     found = search(start)
     assert all(start.head.kept[0] not in end.head.kept for end in found.ends if end.writers[1].committed)
 
@@ -185,16 +185,14 @@ def test_of_two_incarnations_of_one_generation_only_one_ever_commits(head):
     twins = (writer(1, keep=2, losses=1, name="a"), writer(1, keep=2, losses=1, name="b"))
     found = search(World(head, twins))
     assert all(not (end.writers[0].committed and end.writers[1].committed) for end in found.ends)
-    assert {w.ended for end in found.ends for w in end.writers} == {"", "stale"}
+    assert {w.ended for end in found.ends for w in end.writers} == {"", "stale", "gave up"}
 
 
 def test_without_a_memory_of_its_own_nonces_the_search_finds_the_false_stale(monkeypatch):
     """The search has teeth: a writer that forgets what it sent takes its own success for another's."""
     monkeypatch.setattr(Swap, "sent", lambda self, write: self)
-    found = search(World(START, (replace(writer(1, keep=2, losses=1), owned=frozenset()),)))
-    assert {end.writers[0].ended for end in found.ends} != {"stale"}
-    sequences = {end.head.sequence for end in found.ends}
-    assert max(sequences) > START.sequence + 3, "swaps were repeated that had happened"
+    with pytest.raises(AssertionError, match="took its own success for another's"):
+        search(World(START, (writer(1, keep=2, losses=1),)))
 
 
 def test_without_the_condition_the_search_finds_a_lower_generation_over_a_higher(monkeypatch):
