@@ -158,8 +158,7 @@ def writer(generation: int, *, keep: int, losses: int, name: str = "", extra: tu
 @pytest.mark.parametrize(
     "losses", [(1, 1), (2, 0), (0, 2)], ids=["one answer lost each", "two of the lower", "two of the higher"]
 )
-@pytest.mark.parametrize("keep", [1, 2])
-@pytest.mark.parametrize("head", [None, START], ids=["on a new prefix", "on a prefix with checkpoints"])
+@pytest.mark.parametrize(("head", "keep"), [(None, 2), (START, 1)], ids=["a new prefix, keep 2", "checkpoints, keep 1"])
 def test_two_generations_never_lose_or_forge_a_checkpoint(head, keep, losses):
     """With two losses each there are 1.5 million states for one of these rows, searched once in five minutes: no violation."""
     start = World(head, (writer(1, keep=keep, losses=losses[0]), writer(2, keep=keep, losses=losses[1])))

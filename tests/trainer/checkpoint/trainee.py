@@ -80,8 +80,6 @@ def new_engine(case):
         config=configuration(case),
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4) * 0.97**step),
     )
-    if case.precision == "FP16" and case.stage == 0:
-        engine.optimizer.loss_scale = 2.0**18  # the unfused optimizer takes no initial scale from its configuration
     return engine
 
 
