@@ -138,3 +138,10 @@ def test_bad_data_ends_all_ranks_with_one_message(two_ranks: dict[str, Case], fi
 def test_the_listener_hears_no_number_that_is_none(one_rank: dict[str, Case]) -> None:
     for progress in one_rank["fp16"].beats.progress:
         assert json.dumps(progress.gradient_norm, allow_nan=False)
+
+
+def test_fp16_scales_the_loss_at_stage_0_as_at_every_other(one_rank: dict[str, Case]) -> None:
+    # The scale is 2**16 at first: gradients that were divided by it and never multiplied would be that much too small.
+    for name in ("fp16", "fp16-zero-0"):
+        expected = one_rank["bf16"].beats.gradient_norms[0]
+        assert one_rank[name].beats.gradient_norms[0] == pytest.approx(expected, rel=0.1)

@@ -108,7 +108,11 @@ def warmup_steps(schedule: Schedule, total_steps: int) -> int:
 
 def accumulate(engine: Any, loss: torch.Tensor, *, targets: int, ranks: int) -> None:
     """Add the gradients of one micro-batch's summed loss, weighted by the targets of the whole global batch."""
-    engine.backward(loss * (ranks / targets), scale_wrt_gas=False)
+    weight = ranks / targets
+    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+        # DeepSpeed 0.19.8 divides stage 0's gradients by the loss scale and multiplies the loss by it at stages 1 to 3 only.
+        weight *= float(engine.optimizer.loss_scale)
+    engine.backward(loss * weight, scale_wrt_gas=False)
 
 
 def update(engine: Any, recipe: Recipe, rate: float, step: int) -> Update:
