@@ -80,8 +80,9 @@ def start(directory: Path, supervisor: Supervisor, namespace: str) -> ObjectStor
             f"-s3.config={data / 'identities.json'}",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
-            "-volume.max=20",
+            "-volume.max=200",  # every bucket takes seven volumes at its first object
             "-master.volumeSizeLimitMB=256",
+            "-master.volumePreallocate=false",
             "-master.telemetry=false",
         ],
         namespace=namespace,

@@ -5,11 +5,14 @@ before training, with objects of our own, and a store that ignores a condition i
 under the prefix.
 """
 
+import logging
 from collections.abc import Callable
 
 from finetune_trainer.checkpoint.commit import ATTEMPTS, new_nonce, pause_after
 from finetune_trainer.errors import BadConfig, StorageUnavailable
 from finetune_trainer.object_store import Ambiguous, ObjectStore, PreconditionFailed
+
+log = logging.getLogger(__name__)
 
 PROBES_KEY = "probes/"
 HONOURED_KEY = PROBES_KEY + "conditional-writes-honoured"
@@ -28,7 +31,8 @@ def require_conditional_writes(store: ObjectStore, prefix: str, *, pause: Callab
         uri = f"{prefix}/{PROBES_KEY}{new_nonce()}"
         try:
             _probe(store, uri)
-        except Ambiguous:
+        except Ambiguous as error:
+            log.warning("%s gives no clear answer to a conditional write, trying again: %s", store.name, error)
             pause(attempt)
             continue
         finally:
