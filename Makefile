@@ -8,11 +8,14 @@ PYTHON ?= python3
 # One virtual environment for each set of dependencies: other edits of pyproject.toml keep it.
 VENV_KEY := $(shell $(PYTHON) -c "import hashlib, json, tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(hashlib.sha256(json.dumps([p['project']['dependencies'], p['project']['optional-dependencies'], p['dependency-groups']]).encode()).hexdigest()[:12])")
 VENV := $(FINETUNE_CACHE)/venv-$(VENV_KEY)
-export PATH := $(VENV)/bin:$(PATH)
+# Behind all else, the pip that made the environment: uv makes environments without one.
+export PATH := $(VENV)/bin:$(PATH):$(FINETUNE_CACHE)/uv/bin
 export PYTHONPATH := crds:operator:trainer:.
 # CPU is what every machine has; the tests of the trainer run on it.
 export DS_ACCELERATOR := cpu
 export OMP_NUM_THREADS := 1
+
+CLUSTER_TESTS := tests/api tests/chart tests/cluster
 
 .PHONY: help venv demo demo-down test test-fast test-cluster check format generate build bench
 
@@ -25,18 +28,19 @@ demo: venv ## A real Kubernetes on this machine, the operator, and a fine-tuning
 demo-down: venv ## Take down what `make demo` left for you to look at
 	python -m tests.cluster down
 
-test: venv check ## Everything: unit tests while the cluster is built, then the real cluster
+test: venv check ## Everything: unit tests while the cluster's programs and images are built, then the real cluster
 	python -m tests.cluster build > $(FINETUNE_CACHE)/build.log 2>&1 & build=$$!; \
-	pytest tests --ignore tests/cluster -m "not cluster" || { kill $$build; exit 1; }; \
+	units=0; pytest tests --ignore tests/cluster -m "not cluster" || units=$$?; \
 	echo "waiting for the cluster's programs and images (log: $(FINETUNE_CACHE)/build.log)"; \
-	wait $$build || { tail -50 $(FINETUNE_CACHE)/build.log; exit 1; }
-	pytest tests -m cluster
+	wait $$build || { tail -50 $(FINETUNE_CACHE)/build.log; exit 1; }; \
+	exit $$units
+	pytest $(CLUSTER_TESTS) -m cluster
 
 test-fast: venv ## Only what needs neither cluster nor torchrun
 	pytest tests/api tests/operator tests/agent -m "not cluster and not slow" -q
 
 test-cluster: venv ## Only what runs on the real cluster
-	pytest tests -m cluster
+	pytest $(CLUSTER_TESTS) -m cluster
 
 check: venv ## Style, types, import contracts, generated files: before every commit
 	ruff format --check --quiet . || { echo "run: make format"; exit 1; }
