@@ -29,7 +29,7 @@ from tests.cluster.installation import ROOT, SYSTEM_NAMESPACE, Images, install_o
 NAMESPACE = "team-a"
 JOB = "sentiment"
 EXAMPLE = ROOT / "examples/sentiment"
-SENTENCES = ("A tender, funny and beautifully acted film.", "Two hours of my life that I will never get back.")
+SENTENCES = ("A tender, funny and beautifully acted film.", "Dreadful: two hours of my life I want back.")
 FOLLOW_SECONDS = 2.0
 DEMO_LIMIT_SECONDS = 3600.0
 
@@ -216,7 +216,7 @@ def _show_result(target: Target, status: Mapping[str, Any], baselines: str) -> N
     store = {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_DEFAULT_REGION": "us-east-1"}
     print(f"\nEvaluation of the fine-tuned model: {_metrics(status)}")
     print("\n".join(line for line in baselines.splitlines() if line.startswith("macro F1")))
-    print(f"The model: {status['model']['uri']}\n")
+    print(f"The model: {status['model']['uri']}\n", flush=True)
     where = ("--endpoint", target.endpoint, "--model", status["model"]["uri"])
     subprocess.run(
         [sys.executable, str(EXAMPLE / "classify.py"), *where, *SENTENCES], env={**os.environ, **store}, check=True
