@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,16 @@ def test_the_api_server_finds_the_schema_structural(api: ApiServer, cluster: Clu
     assert conditions == {"NamesAccepted": "True", "Established": "True"}
 
 
+PUBLISHED_SECONDS = 60.0  # the API server makes its OpenAPI documents some seconds after a CRD is established
+
+
 @pytest.mark.parametrize("path", ["spec.recipe.zero.stage", "spec.storage.secretName", "status.gang.generation"])
 def test_kubectl_explains(api: ApiServer, cluster: Cluster, path: str) -> None:
     described = dict(fields(SCHEMA))[path]["description"]
-    said = cluster.kubectl("explain", f"ftj.{path}")
+    deadline = time.monotonic() + PUBLISHED_SECONDS
+    while "DESCRIPTION" not in (said := cluster.kubectl("explain", f"ftj.{path}", check=False)):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.3)
     assert " ".join(described.split()) in " ".join(said.split())
 
 
