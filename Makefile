@@ -9,7 +9,8 @@ PYTHON ?= python3
 VENV_KEY := $(shell $(PYTHON) -c "import hashlib, json, tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(hashlib.sha256(json.dumps([p['project']['dependencies'], p['project']['optional-dependencies'], p['dependency-groups']]).encode()).hexdigest()[:12])")
 VENV := $(FINETUNE_CACHE)/venv-$(VENV_KEY)
 # Behind all else, the pip that made the environment: uv makes environments without one.
-export PATH := $(VENV)/bin:$(PATH):$(FINETUNE_CACHE)/uv/bin
+# And Go where its installer puts it, for a shell that was not told.
+export PATH := $(VENV)/bin:$(PATH):$(FINETUNE_CACHE)/uv/bin:/usr/local/go/bin
 export PYTHONPATH := crds:operator:trainer:.
 # CPU is what every machine has; the tests of the trainer run on it.
 export DS_ACCELERATOR := cpu

@@ -81,7 +81,8 @@ def ensure_binaries() -> dict[str, Path]:
     """Every program of the cluster, built where it is missing: name → path."""
     if shutil.which("go") is None:
         raise ClusterError(
-            "Go is missing: put the `go` command (1.26 or later) on PATH, the cluster is built from source"
+            "Go is missing: install Go 1.26 or later (https://go.dev/dl), the cluster is built from source; it is looked for on PATH"
+            " and, by make, in /usr/local/go/bin"
         )
     release = run(["go", "env", "GOVERSION"]).strip()
     return {
