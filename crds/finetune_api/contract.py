@@ -35,6 +35,7 @@ AGENT_FOLDER = "/finetune"  # emptyDir, writable: the agent, its journal, socket
 AGENT_FILE = AGENT_FOLDER + "/agent.pyz"
 SCRATCH_FOLDER = "/scratch"  # emptyDir, writable: HOME, caches, downloads
 CLAIMS_FOLDER = "/claims"  # pvc://claim/path is mounted read-only at /claims/claim
+STAGING_FOLDER = "/staging"  # emptyDir in memory: checkpoints on their way to storage, and back after a worker's death
 SHARED_MEMORY_FOLDER = "/dev/shm"  # noqa: S108  emptyDir in memory
 TERMINATION_LOG = "/dev/termination-log"
 
@@ -53,6 +54,7 @@ RECIPE_FILE_VARIABLE = "FINETUNE_RECIPE_FILE"  # where recipe.json lies; default
 GENERATION = "FINETUNE_GENERATION"
 EXPECTED_WORLD_SIZE = "FINETUNE_WORLD_SIZE"  # the trainer refuses to start when WORLD_SIZE differs
 PROGRESS_SOCKET = "FINETUNE_PROGRESS_SOCKET"  # Unix datagram socket for finetune_api.protocol.Beat
+SAVE_NOW = "FINETUNE_SAVE_NOW"  # a path where a file appears when the workers get SIGTERM, for who cannot take signals
 # What a job's own environment may never set: the operator, the agent, torchrun or the administrator own these.
 RESERVED_ENVIRONMENT = (
     "LD_PRELOAD",
@@ -98,9 +100,10 @@ class ExitCode(IntEnum):
     STALE = 73  # a newer generation owns the checkpoint prefix
     PORT_IN_USE = 74  # the agent's own word (rank -1): the generation's master port is taken on rank 0's node
     SAVED = 75  # stopped on request, after a committed save
-    NUMERIC = 76  # NaN or infinity that training cannot step over
+    NUMERIC = 76  # NaN or infinity, again and again: rolling back did not help
     NO_PERMISSION = 77  # the object store or a file refused us
     BAD_CONFIG = 78  # the recipe, the model or the store cannot work
+    ROLLED_BACK = 79  # NaN, infinity or a spike: the next generation starts before it and skips what caused it
 
 
 def is_job_name(name: str) -> bool:

@@ -51,6 +51,15 @@ class Phase(str, Enum):
     FINISHING = "Finishing"
 
 
+class ResumeSource(str, Enum):
+    """Where a generation took its state from."""
+
+    START = "Start"  # nothing was saved yet
+    MEMORY = "Memory"  # what the worker before it had staged in this pod
+    STORAGE = "Storage"  # the newest committed checkpoint that can be read
+    OTHER_JOB = "OtherJob"  # spec.checkpoint.resumeFrom
+
+
 class BeatKind(str, Enum):
     """What a datagram of a worker tells."""
 
@@ -58,6 +67,8 @@ class BeatKind(str, Enum):
     PROGRESS = "progress"  # rank 0
     EVALUATION = "evaluation"  # rank 0
     CHECKPOINT = "checkpoint"  # rank 0, after the commit
+    SAVES = "saves"  # rank 0, when a save starts, ends, fails or is put off
+    RESUMED = "resumed"  # rank 0, before the first step
     MODEL = "model"  # rank 0, after the upload of the result
     FAILURE = "failure"  # any rank, right before it exits for a reason it knows
 
@@ -111,6 +122,41 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Saves:
+    """How saving goes. Times are RFC 3339 in UTC.
+
+    ``saving_step`` is staged and on its way to storage since ``saving_since``; ``put_off`` counts the saves in a row that were due
+    while no staging buffer was free. From ``failing_since`` on nothing could be committed, for ``reason`` (CamelCase) and ``message``.
+    ``stall_seconds`` is what training stood still for the newest save, ``commit_seconds`` how long after that it was committed.
+    ``recommended_interval_seconds`` is what would lose least, by Young and Daly.
+    """
+
+    saving_step: Optional[int] = None
+    saving_since: Optional[str] = None
+    put_off: int = 0
+    failing_since: Optional[str] = None
+    reason: str = ""
+    message: str = ""
+    stall_seconds: Optional[float] = None
+    commit_seconds: Optional[float] = None
+    recommended_interval_seconds: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where this generation starts: after ``step``. ``fallback`` tells why newer checkpoints could not be used, if there were any.
+
+    ``rollbacks`` counts how often the job went back because its numbers were not finite, and ``skipped_samples`` what it left out.
+    """
+
+    step: int
+    source: ResumeSource
+    fallback: str = ""
+    skipped_samples: int = 0
+    rollbacks: int = 0
+
+
+@dataclass(frozen=True)
 class Model:
     """The result, in Hugging Face layout."""
 
@@ -152,6 +198,8 @@ class Report:
     progress: Optional[Progress] = None
     evaluation: Optional[Evaluation] = None
     checkpoint: Optional[Checkpoint] = None
+    saves: Optional[Saves] = None
+    resumed: Optional[Resumed] = None
     model: Optional[Model] = None
     exits: List[Exit] = field(default_factory=list)
 
@@ -185,6 +233,8 @@ class Beat:
     progress: Optional[Progress] = None
     evaluation: Optional[Evaluation] = None
     checkpoint: Optional[Checkpoint] = None
+    saves: Optional[Saves] = None
+    resumed: Optional[Resumed] = None
     model: Optional[Model] = None
     failure: Optional[Exit] = None
 
@@ -199,11 +249,19 @@ class JobStorage:
 
 @dataclass(frozen=True)
 class JobCheckpoint:
-    """When to commit checkpoints, and how many to keep. At most one of the intervals is set."""
+    """When to commit checkpoints, and how many to keep. At most one of the intervals is set.
+
+    ``keep_best`` names a metric of the recipe's evaluation: the best checkpoint by it is kept too. ``resume_from`` is
+    ``s3://bucket/prefix[@step]`` of another job. ``upload_bytes_per_second`` bounds what one pod uploads.
+    """
 
     interval_steps: Optional[int] = None
     interval_seconds: Optional[int] = None
+    interval_auto: bool = False
     keep: int = 2
+    keep_best: Optional[str] = None
+    resume_from: Optional[str] = None
+    upload_bytes_per_second: Optional[int] = None
 
 
 @dataclass(frozen=True)

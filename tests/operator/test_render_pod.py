@@ -182,7 +182,7 @@ def test_the_whole_config_map() -> None:
       jobServer: https://finetune-operator.finetune-system.svc:9443
       command: []
       storage: {prefix: s3://checkpoints/team-a/team-a/sentiment-aaaaabbb, endpoint: "http://store.example:8333"}
-      checkpoint: {intervalSteps: 50, keep: 3}
+      checkpoint: {intervalSteps: 50, intervalAuto: false, keep: 3}
     """)
     recipe = json.loads(config["data"]["recipe.json"])
     assert recipe["model"]["source"] == "s3://models/minilm"
