@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_trainer import object_store
 from finetune_trainer.checkpoint.head import FORMAT_VERSION, Unreadable
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = object_store.CHUNK_BYTES
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 ITEM_BYTES = 4
 MANIFEST_NAME = "manifest.json"

@@ -45,6 +45,8 @@ class Kind(Enum):
     MISSING = auto()
     NO_BUCKET = auto()
     FORBIDDEN = auto()
+    EXPIRED = auto()  # it is the credentials, and there may be newer ones
+    NO_UPLOAD = auto()
     CONDITION_FAILED = auto()
     UNRESOLVED = auto()  # a conflicting request is under way
     OUT_OF_RANGE = auto()
@@ -56,15 +58,16 @@ class Kind(Enum):
 _BY_CODE = {
     "NoSuchBucket": Kind.NO_BUCKET,
     "NoSuchKey": Kind.MISSING,
+    "NoSuchUpload": Kind.NO_UPLOAD,
     "AccessDenied": Kind.FORBIDDEN,
     "AllAccessDisabled": Kind.FORBIDDEN,
-    "ExpiredToken": Kind.FORBIDDEN,
-    "ExpiredTokenException": Kind.FORBIDDEN,
+    "ExpiredToken": Kind.EXPIRED,
+    "ExpiredTokenException": Kind.EXPIRED,
     "InvalidAccessKeyId": Kind.FORBIDDEN,
     "InvalidIdentityToken": Kind.FORBIDDEN,
     "InvalidToken": Kind.FORBIDDEN,
     "SignatureDoesNotMatch": Kind.FORBIDDEN,
-    "TokenRefreshRequired": Kind.FORBIDDEN,
+    "TokenRefreshRequired": Kind.EXPIRED,
     "PreconditionFailed": Kind.CONDITION_FAILED,
     "ConditionalRequestConflict": Kind.UNRESOLVED,
     "OperationAborted": Kind.UNRESOLVED,
@@ -98,6 +101,8 @@ def classify(error: BaseException) -> Kind:
     inner = _cause(error)
     if isinstance(inner, ClientError):
         status = _status(inner)
+        if status == 400 and inner.operation_name.startswith("Head"):
+            return Kind.EXPIRED  # the one 400 that a well-formed HEAD gets, and it comes without a code
         by_status = _BY_STATUS.get(status, Kind.TRANSIENT if status >= 500 else Kind.REFUSED)
         return _BY_CODE.get(_code(inner), by_status)
     if isinstance(inner, _CREDENTIALS):
