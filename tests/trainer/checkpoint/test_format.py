@@ -3,6 +3,7 @@
 import hashlib
 import json
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -15,14 +16,18 @@ from safetensors import safe_open
 from finetune_trainer.checkpoint import head, manifest
 from finetune_trainer.checkpoint.fetch import Broken, fill, plan
 from finetune_trainer.checkpoint.manifest import CHUNK_BYTES, Interval, Manifest, Parameter, Position, Shard
-from finetune_trainer.checkpoint.shard import Owned, write_shard
+from finetune_trainer.checkpoint.shard import Owned
 from finetune_trainer.object_store import MemoryObjectStore
+from tests.trainer.checkpoint.shards import write_shard
 
 HEAD = head.Head(
     sequence=12,
     generation=3,
     nonce="6b1f",
-    kept=(head.Kept(100, "checkpoints/step-100/g3-a1/manifest.json", "ab" * 32, 4096, "2026-01-02T03:04:05Z"),),
+    kept=(head.Kept(100, "checkpoints/step-100/g3-a1/manifest.json", "ab" * 32, 4096, "2026-01-02T03:04:05Z", 0.75),),
+    lineage=2,
+    skipped_ranges=((640, 704), (128, 192)),
+    rollbacks=2,
 )
 HEAD_DOCUMENT = {
     "version": 1,
@@ -36,8 +41,12 @@ HEAD_DOCUMENT = {
             "sha256": "ab" * 32,
             "sizeBytes": 4096,
             "commitTime": "2026-01-02T03:04:05Z",
+            "metric": 0.75,
         }
     ],
+    "lineage": 2,
+    "skippedRanges": [[640, 704], [128, 192]],
+    "rollbacks": 2,
 }
 MANIFEST = Manifest(
     position=Position(100, 6400, ((128, 192),)),
@@ -75,6 +84,16 @@ MANIFEST_DOCUMENT = {
         },
     ],
 }
+
+
+def test_a_head_without_what_came_later_is_read():
+    """The first HEADs knew neither rollbacks nor evaluations."""
+    (entry,) = HEAD_DOCUMENT["kept"]
+    later = ("lineage", "skippedRanges", "rollbacks", "metric")
+    kept = [{name: value for name, value in entry.items() if name not in later}]
+    document = {name: value for name, value in HEAD_DOCUMENT.items() if name not in later} | {"kept": kept}
+    expected = replace(HEAD, kept=(replace(HEAD.kept[0], metric=None),), lineage=0, skipped_ranges=(), rollbacks=0)
+    assert head.decode(json.dumps(document).encode()) == expected
 
 
 def test_head_is_this_document():
