@@ -6,8 +6,10 @@ gives up on 503 after seconds and never repeats a broken download (boto3 1.44.5)
 conditional writes. The *bulk* one sends bodies whose SHA-256 the caller knows: that goes into a signed header, so the
 body itself is not hashed again for the signature, which over plain HTTP boto3 would do.
 
-Credentials that the store calls expired are looked up anew, from whatever file or token boto3 first took them from,
-by replacing all three clients: once for each failure, whatever the number of threads that met it.
+Temporary credentials (AWS_WEB_IDENTITY_TOKEN_FILE, AWS_ROLE_ARN; the STS at AWS_ENDPOINT_URL_STS) are renewed by boto3
+before they expire, with the token that the file holds by then. Those that the store calls expired or unknown all the same are looked
+up anew, from whatever file boto3 took them from, by replacing all three clients, once for however many threads met
+it. Only what the environment holds stays as it is while the process lives.
 """
 
 import random
@@ -123,7 +125,7 @@ class Connection:
                 return NoPermission(
                     f"{self.name} refused access to {uri} ({describe(error)}): check that the credentials are valid "
                     "and allow GetObject, PutObject, DeleteObject and ListBucket there (without it a missing object "
-                    "looks forbidden)"
+                    "looks forbidden); new ones in a mounted file are found, new ones in the environment need new pods"
                 )
             case Kind.TRANSIENT | Kind.UNRESOLVED:
                 return self._unavailable(uri, error)

@@ -45,7 +45,7 @@ class Kind(Enum):
     MISSING = auto()
     NO_BUCKET = auto()
     FORBIDDEN = auto()
-    EXPIRED = auto()  # it is the credentials, and there may be newer ones
+    EXPIRED = auto()  # it is the credentials, which expired or were replaced: there may be newer ones
     NO_UPLOAD = auto()
     CONDITION_FAILED = auto()
     UNRESOLVED = auto()  # a conflicting request is under way
@@ -63,9 +63,9 @@ _BY_CODE = {
     "AllAccessDisabled": Kind.FORBIDDEN,
     "ExpiredToken": Kind.EXPIRED,
     "ExpiredTokenException": Kind.EXPIRED,
-    "InvalidAccessKeyId": Kind.FORBIDDEN,
-    "InvalidIdentityToken": Kind.FORBIDDEN,
-    "InvalidToken": Kind.FORBIDDEN,
+    "InvalidAccessKeyId": Kind.EXPIRED,  # what SeaweedFS says of an expired session
+    "InvalidIdentityToken": Kind.EXPIRED,
+    "InvalidToken": Kind.EXPIRED,
     "SignatureDoesNotMatch": Kind.FORBIDDEN,
     "TokenRefreshRequired": Kind.EXPIRED,
     "PreconditionFailed": Kind.CONDITION_FAILED,
@@ -95,14 +95,16 @@ _BY_STATUS = {
     501: Kind.NOT_IMPLEMENTED,
 }
 
+_NO_ENTRY = {400, 401, 403}
+
 
 def classify(error: BaseException) -> Kind:
     """Return what kind of failure an exception of boto3 is."""
     inner = _cause(error)
     if isinstance(inner, ClientError):
         status = _status(inner)
-        if status == 400 and inner.operation_name.startswith("Head"):
-            return Kind.EXPIRED  # the one 400 that a well-formed HEAD gets, and it comes without a code
+        if status in _NO_ENTRY and inner.operation_name.startswith("Head"):
+            return Kind.EXPIRED  # or forbidden: the answer to a HEAD has no code that would tell
         by_status = _BY_STATUS.get(status, Kind.TRANSIENT if status >= 500 else Kind.REFUSED)
         return _BY_CODE.get(_code(inner), by_status)
     if isinstance(inner, _CREDENTIALS):
