@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api import contract
+from finetune_api.quantity import quantity_value, total_bytes
 from finetune_operator.plan.observation import NewPod
 from finetune_operator.render.config import render_config
 from finetune_operator.render.names import child_name, job_prefix, pod_name
 from finetune_operator.render.network import render_network_policy
 from finetune_operator.render.pod import render_pod
-from finetune_operator.render.quantity import quantity_value, total_bytes
 from tests.operator.documents import RECIPE, SCRIPT, a_job
 from tests.operator.documents import settings as administrator
 from tests.operator.restricted import violations

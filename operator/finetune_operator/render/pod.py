@@ -7,11 +7,11 @@ root find a writable HOME, a user name and cache folders.
 
 from finetune_api import contract
 from finetune_api.job import FineTuneJob, Resources, Script
+from finetune_api.quantity import total_bytes
 from finetune_api.recipe import Recipe
 from finetune_operator.kube_object import KubeObject
 from finetune_operator.plan.observation import NewPod
 from finetune_operator.render.names import child_metadata, child_name, job_labels, pod_name
-from finetune_operator.render.quantity import total_bytes
 from finetune_operator.settings import Profile, Settings
 
 USER_ID = 65532
