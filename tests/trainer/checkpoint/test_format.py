@@ -1,5 +1,6 @@
 """The format on disk is frozen: what is written today must be read for ever. See docs/checkpoint-format.md."""
 
+import gzip
 import hashlib
 import json
 from contextlib import suppress
@@ -123,6 +124,19 @@ def test_any_other_json_in_a_field_is_unreadable_and_nothing_worse(value):
         for name in document:
             with suppress(head.Unreadable):
                 decode(json.dumps({**document, name: value}).encode())
+
+
+def test_a_large_manifest_is_compressed_and_reads_the_same():
+    intervals = tuple(Interval(0, 7 * number, 7, 192 + 84 * number) for number in range(60_000))
+    large = replace(MANIFEST, shards=(Shard("rank-00000.safetensors", 1, (), intervals),))
+    body = manifest.encode(large)
+    assert gzip.decompress(body).startswith(b'{"version":1,"step":100,')
+    assert len(body) < len(gzip.decompress(body)) / 3
+    assert manifest.decode(body) == large
+    assert manifest.encode(large) == body, "the same bytes each time: they are hashed"
+    for torn in (body[:-9], body[:100], body[:2]):
+        with pytest.raises(head.Unreadable):
+            manifest.decode(torn)
 
 
 def owned(name, start, values):
