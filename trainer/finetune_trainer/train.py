@@ -35,6 +35,13 @@ from finetune_trainer.progress import Reporter
 from finetune_trainer.ranks import Ranks
 from finetune_trainer.stop import StopRequest
 
+SOURCES = {
+    ResumeSource.START: "nothing was saved yet",
+    ResumeSource.MEMORY: "from this pod's memory",
+    ResumeSource.STORAGE: "from storage",
+    ResumeSource.OTHER_JOB: "from another job's checkpoint",
+}
+
 ROLLBACKS_LIMIT = 5
 """How often a job goes back before it counts as one that does not converge."""
 
@@ -108,7 +115,10 @@ class Run:
         self.autosave.resumed(self.position.step, resumed.source)
         total = self.prepared.total_steps
         self.reporter.resumed(resumed)
-        self.reporter.say(f"generation {self.job.generation}: starting after step {self.position.step} of {total}")
+        self.reporter.say(
+            f"generation {self.job.generation}: starting after step {self.position.step} of {total}"
+            f" ({SOURCES[resumed.source]})"
+        )
         self.reporter.phase(Phase.TRAINING, self.position.step)
         self.stop_agreed = self.ranks.sum([float(self.stop.requested)])[0] > 0  # preparing may have taken long
 

@@ -10,6 +10,7 @@ buffers that are used again.
 """
 
 import queue
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,6 +23,7 @@ import torch
 from finetune_trainer.checkpoint.manifest import (
     CHUNK_BYTES,
     ITEM_BYTES,
+    Interval,
     Manifest,
     Shard,
     chunk_count,
@@ -98,63 +100,96 @@ def plan(manifest: Manifest, owned: Iterable[Owned]) -> list[tuple[Shard, list[P
     """Return the pieces to read of each shard that is needed, by their offset.
 
     Raises:
-        Broken: a number that is asked for is in no shard, or in two.
+        Broken: a number that is asked for is in no shard, or in two, or where the shard ends before it.
     """
-    stored = defaultdict(list)
-    for index, shard in enumerate(manifest.shards):
-        for interval in shard.intervals:
-            stored[manifest.parameters[interval.parameter].name].append((interval, index))
+    stored = _stored(manifest)
     pieces: dict[int, list[Piece]] = defaultdict(list)
     for part in owned:
         found = 0
-        for interval, index in stored[part.name]:
-            first = max(part.start, interval.start)
-            count = min(part.start + part.count, interval.start + interval.count) - first
-            if count <= 0:
-                continue
+        for interval, index, first, count in _overlaps(stored[part.name], part.start, part.start + part.count):
             found += count
             for state, view in enumerate(part.views):
                 at = interval.offset + (state * interval.count + first - interval.start) * ITEM_BYTES
                 pieces[index].append(Piece(at, view.narrow(0, first - part.start, count)))
         if found != part.count:
             raise Broken(f"the manifest has {found} of {part.count} numbers of {part.name} from {part.start}")
-    return [(manifest.shards[index], sorted(pieces[index], key=lambda piece: piece.offset)) for index in sorted(pieces)]
+    for index, found_in_it in pieces.items():
+        found_in_it.sort(key=lambda piece: piece.offset)
+        _require_consistent(manifest.shards[index], found_in_it)
+    return [(manifest.shards[index], pieces[index]) for index in sorted(pieces)]
+
+
+def _require_consistent(shard: Shard, pieces: Sequence[Piece]) -> None:
+    if len(shard.sha256) != chunk_count(shard) or pieces[-1].end > shard.size_bytes:
+        raise Broken(f"the manifest contradicts itself about {shard.name}")
+
+
+def _stored(manifest: Manifest) -> dict[str, list[tuple[Interval, int]]]:
+    """Return the intervals of each parameter in their order, with the number of their shard."""
+    stored = defaultdict(list)
+    for index, shard in enumerate(manifest.shards):
+        for interval in shard.intervals:
+            stored[manifest.parameters[interval.parameter].name].append((interval, index))
+    for intervals in stored.values():
+        intervals.sort(key=_first_number)
+    return stored
+
+
+def _overlaps(
+    intervals: Sequence[tuple[Interval, int]], start: int, end: int
+) -> Iterator[tuple[Interval, int, int, int]]:
+    """Yield what intersects ``[start, end)``: the interval, its shard, the first number in common and how many."""
+    for interval, index in intervals[max(0, bisect_right(intervals, start, key=_first_number) - 1) :]:
+        if interval.start >= end:
+            return
+        first = max(start, interval.start)
+        count = min(end, interval.start + interval.count) - first
+        if count > 0:
+            yield interval, index, first, count
+
+
+def _first_number(stored: tuple[Interval, int]) -> int:
+    return stored[0].start
 
 
 def plan_runs(shard: Shard, pieces: Sequence[Piece]) -> Iterator[Run]:
-    """Yield the runs of at most ``CHUNKS_PER_READ`` chunks that hold all pieces, and no chunk that holds none.
-
-    Raises:
-        Broken: there is no such place in the shard.
-    """
-    if len(shard.sha256) != chunk_count(shard) or any(piece.end > shard.size_bytes for piece in pieces):
-        raise Broken(f"the manifest contradicts itself about {shard.name}")
+    """Yield the runs of at most ``CHUNKS_PER_READ`` chunks that hold all pieces, and no chunk that holds none."""
     needed = sorted({c for p in pieces for c in range(p.offset // CHUNK_BYTES, -(-p.end // CHUNK_BYTES))})
     first = last = needed[0]
     for chunk in needed[1:]:
         if chunk != last + 1 or chunk - first == CHUNKS_PER_READ:
-            yield _run(shard, pieces, first, last + 1)
+            yield clip(shard, pieces, first, last + 1)
             first = chunk
         last = chunk
-    yield _run(shard, pieces, first, last + 1)
+    yield clip(shard, pieces, first, last + 1)
 
 
-def _run(shard: Shard, pieces: Sequence[Piece], first: int, last: int) -> Run:
+def clip(shard: Shard, pieces: Sequence[Piece], first: int, last: int) -> Run:
+    """Return the run of these chunks with the pieces, of all of the shard's in their order, that lie in it at least in part."""
     start, end = first * CHUNK_BYTES, last * CHUNK_BYTES
-    return Run(shard, first, last, [piece for piece in pieces if piece.offset < end and start < piece.end])
+    inside = slice(
+        bisect_right(pieces, start, key=lambda piece: piece.end),
+        bisect_left(pieces, end, key=lambda piece: piece.offset),
+    )
+    return Run(shard, first, last, pieces[inside])
 
 
 def _fill_run(store: ObjectStore, folder_uri: str, buffers: _Buffers, run: Run) -> None:
     buffer = buffers.get()
     try:
         body = memoryview(buffer)[: run.end - run.start]
-        _read_verified(store, folder_uri + run.shard.name, run, body)
-        _scatter(body, run)
+        read_run(store, folder_uri + run.shard.name, run, body)
+        scatter(body, run)
     finally:
         buffers.put(buffer)
 
 
-def _read_verified(store: ObjectStore, uri: str, run: Run, body: memoryview) -> None:
+def read_run(store: ObjectStore, uri: str, run: Run, body: memoryview) -> None:
+    """Read a run into a buffer of its size, and check it.
+
+    Raises:
+        Broken: its bytes are not there, or not those that were written.
+    """
     try:
         for _ in range(2):
             store.read_into(uri, run.start, body)
@@ -172,8 +207,8 @@ def _hashes(body: memoryview) -> list[str]:
 
 
 @torch.no_grad()
-def _scatter(body: memoryview, run: Run) -> None:
-    """Copy from the bytes of a run what each piece wants of them."""
+def scatter(body: memoryview, run: Run) -> None:
+    """Copy from the bytes of a run what each of its pieces wants of them."""
     values = torch.frombuffer(body, dtype=torch.float32)
     for piece in run.pieces:
         first, end = max(piece.offset, run.start), min(piece.end, run.end)
