@@ -101,7 +101,7 @@ class Reconciler:
             job=job,
             pods=pods,
             heard={pod.uid: heard[pod.uid] for pod in pods if pod.uid in heard},
-            problem=find_problem(job.spec, self._settings),
+            problem=find_problem(job, self._settings),
             obstacle=self._obstacles.get(job.metadata.uid),
             now=self._clock(),
         )
