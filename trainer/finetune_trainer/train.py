@@ -17,11 +17,13 @@ import torch
 
 from finetune_api.protocol import Evaluation, Metric, Phase, Progress
 from finetune_api.recipe import Precision
-from finetune_trainer.checkpoint import Checkpoints, Position
+from finetune_trainer.checkpoint.checkpoints import Checkpoints
+from finetune_trainer.checkpoint.manifest import Position
 from finetune_trainer.data.batches import deal, random_seed
 from finetune_trainer.errors import NumericFailure, SavedOnRequest
 from finetune_trainer.evaluation import evaluate
 from finetune_trainer.export import gather_weights, upload_model, write_model
+from finetune_trainer.export_planning import write_export_plan
 from finetune_trainer.job import Job
 from finetune_trainer.model_card import render_model_card
 from finetune_trainer.optimization import OVERFLOWS_LIMIT, accumulate, learning_rate, require_finite, update
@@ -45,6 +47,7 @@ def train(job: Job, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> None
     """
     reporter.phase(Phase.INITIALIZING)
     run = Run(job, ranks, reporter, stop, prepare(job, ranks, reporter.alive))
+    write_export_plan(job, ranks, run.prepared, reporter.alive)
     run.resume()
     while True:
         if run.evaluation_is_due() and not run.stop_agreed:

@@ -16,7 +16,8 @@ from pathlib import Path
 import deepspeed
 import torch.distributed as dist
 
-from finetune_trainer.checkpoint import Checkpoints, Position
+from finetune_trainer.checkpoint.checkpoints import Checkpoints
+from finetune_trainer.checkpoint.manifest import Position
 from finetune_trainer.object_store import S3ObjectStore
 from tests.trainer.checkpoint.trainee import Case, new_engine, train, weights_digest
 

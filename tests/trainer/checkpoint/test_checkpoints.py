@@ -5,10 +5,11 @@ import logging
 import pytest
 import torch
 
-from finetune_trainer.checkpoint import Checkpoints, Position
 from finetune_trainer.checkpoint import deepspeed_state as state
+from finetune_trainer.checkpoint.checkpoints import Checkpoints
 from finetune_trainer.checkpoint.commit import ATTEMPTS
 from finetune_trainer.checkpoint.head import decode
+from finetune_trainer.checkpoint.manifest import Position
 from finetune_trainer.errors import BadConfig, BadData, NoPermission, Stale, StorageUnavailable
 from finetune_trainer.object_store import Ambiguous, MemoryObjectStore, PreconditionFailed
 from tests.trainer.checkpoint.faulty_store import Crash, FaultyStore, IgnoresConditions, Once

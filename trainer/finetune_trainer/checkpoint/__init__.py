@@ -1,6 +1,5 @@
-"""Checkpoints of a DeepSpeed engine in S3, committed by one conditional write (docs/checkpoint-format.md)."""
+"""Checkpoints of a DeepSpeed engine in S3, committed by one conditional write (docs/checkpoint-format.md).
 
-from finetune_trainer.checkpoint.checkpoints import Checkpoints
-from finetune_trainer.checkpoint.manifest import Position
-
-__all__ = ["Checkpoints", "Position"]
+Nothing is imported here: what the objects say (``head``, ``manifest``, ``commit``, ``retention``, ``pruning``) must be readable
+where there is no torch, which the rest of the package needs.
+"""
