@@ -160,7 +160,8 @@ def decode(body: bytes) -> ExportPlan:
         return ExportPlan(
             lineage=_lineage(document),
             source_files=tuple(
-                SourceFile(file["name"], file["version"], file["sizeBytes"]) for file in document["model"]["files"]
+                SourceFile(_plain_name(file["name"]), file["version"], file["sizeBytes"])
+                for file in document["model"]["files"]
             ),
             files=tuple(_file(file) for file in document["files"]),
             constants=None if document["constants"] is None else _file(document["constants"]),
@@ -199,8 +200,15 @@ def _source_file_to_json(file: SourceFile) -> Json:
     return {"name": file.name, "version": file.version, "sizeBytes": file.size_bytes}
 
 
+def _plain_name(name: str) -> str:
+    """Return a file's name, which must not lead out of the folder that it is written to."""
+    if "/" in name or "\\" in name or name in {"", ".", ".."}:
+        raise Unreadable(f"{name!r} is no file name")
+    return name
+
+
 def _file(document: Json) -> File:
-    return File(document["name"], document["sha256"], document["sizeBytes"])
+    return File(_plain_name(document["name"]), document["sha256"], document["sizeBytes"])
 
 
 def _file_to_json(file: File) -> Json:
