@@ -4,12 +4,15 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from finetune_trainer.checkpoint.manifest import CHUNK_BYTES
 from tests.storage.seaweedfs import S3Server
 
 BUCKET = "jobs"
+
+client_of = cache(S3Server.client)  # making one takes longer than what it is asked for
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Copy:
     @classmethod
     def of(cls, server: S3Server, source: str, name: str) -> "Copy":
         copy, original = cls(server, name), cls(server, source)
-        for key in original.keys():
+        for key in original.keys(""):
             copy.put(key, original.get(key))
         return copy
 
@@ -33,20 +36,22 @@ class Copy:
     def keys(self, below: str = "") -> list[str]:
         """What there is of HEAD and checkpoints."""
         pages = (
-            self.server.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{self.name}/{below}")
+            client_of(self.server)
+            .get_paginator("list_objects_v2")
+            .paginate(Bucket=BUCKET, Prefix=f"{self.name}/{below}")
         )
         keys = [entry["Key"].removeprefix(f"{self.name}/") for page in pages for entry in page.get("Contents", ())]
         return [key for key in keys if key == "HEAD" or key.startswith("checkpoints/")]
 
     def get(self, key: str) -> bytes:
-        body: bytes = self.server.client().get_object(Bucket=BUCKET, Key=f"{self.name}/{key}")["Body"].read()
+        body: bytes = client_of(self.server).get_object(Bucket=BUCKET, Key=f"{self.name}/{key}")["Body"].read()
         return body
 
     def put(self, key: str, body: bytes) -> None:
-        self.server.client().put_object(Bucket=BUCKET, Key=f"{self.name}/{key}", Body=body)
+        client_of(self.server).put_object(Bucket=BUCKET, Key=f"{self.name}/{key}", Body=body)
 
     def delete(self, key: str) -> None:
-        self.server.client().delete_object(Bucket=BUCKET, Key=f"{self.name}/{key}")
+        client_of(self.server).delete_object(Bucket=BUCKET, Key=f"{self.name}/{key}")
 
     @property
     def head(self) -> Any:

@@ -16,7 +16,7 @@ from finetune_trainer.rounding import Floats
 BLOCK_NUMBERS = 2**18  # 1 MiB of FP32: block, sum and product together fit a second-level cache
 
 
-def add_adapter(weight: Floats, left: Floats, right: Floats, scaling: float) -> Floats:
+def add_adapter(weight: Floats, left: Floats, right: Floats, scaling: float, *, threads: int | None = None) -> Floats:
     """Return the sum.
 
     Args:
@@ -24,6 +24,7 @@ def add_adapter(weight: Floats, left: Floats, right: Floats, scaling: float) -> 
         left: (rows, rank); of a linear layer, the adapter's B.
         right: (rank, columns); its A.
         scaling: what the product counts.
+        threads: how many blocks are in work at once; by default one for each processor, up to 16.
     """
     rows, columns = weight.shape
     assert left.shape == (rows, right.shape[0]), (left.shape, right.shape)
@@ -35,7 +36,7 @@ def add_adapter(weight: Floats, left: Floats, right: Floats, scaling: float) -> 
         block = slice(first, first + step)
         total[block] = _added(weight[block], left[block], right, np.float32(scaling))
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 16)) as pool:
         list(pool.map(add, range(0, rows, step)))
     return total
 

@@ -68,5 +68,11 @@ def converted(data: bytes | memoryview, source: str, target: str) -> bytes | mem
 
 def _to_bf16(values: Floats) -> npt.NDArray[np.uint16]:
     bits = np.ascontiguousarray(values).view(np.uint32)
-    nearest = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
-    return np.where(np.isnan(values), _QUIET_NAN, nearest)
+    upper = bits >> 16
+    upper &= 1
+    upper += 0x7FFF  # half of the last place that stays, less one where it is even
+    upper += bits
+    upper >>= 16
+    nearest = upper.astype("<u2")
+    nearest[np.isnan(values)] = _QUIET_NAN
+    return nearest

@@ -91,7 +91,7 @@ class Untrained:
             count = min(step, rows - first)
             numbers = self._numbers(weight, adapted.base, first * columns, count * columns)
             base = widen(numbers, weight.dtype).reshape(count, columns)
-            total = add_adapter(base, left[first : first + count], right, adapted.scaling)
+            total = add_adapter(base, left[first : first + count], right, adapted.scaling, threads=1)
             write_at(
                 place.descriptor, rounded(total, weight.dtype).data.cast("B"), place.begin + first * columns * item
             )

@@ -89,7 +89,7 @@ def show_verdicts(verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
         faults = len(verdict.faults)
         told = "whole" if not faults else f"BROKEN, {faults} fault{'s' if faults > 1 else ''}"
-        say(f"step {verdict.kept.step}: {told} ({size(verdict.kept.size_bytes)} read)")
+        say(f"step {verdict.kept.step}: {told} ({size(verdict.kept.size_bytes)})")
         for fault in verdict.faults:
             where = "" if fault.first is None else f" bytes {fault.first} to {fault.end}"
             say(f"  {fault.uri}{where}: {fault.problem}")
