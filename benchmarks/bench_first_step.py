@@ -125,6 +125,7 @@ def _torchrun(cluster: Cluster, case: Path, rank: int, port: int) -> subprocess.
         "FINETUNE_GENERATION": "1",
         "FINETUNE_WORLD_SIZE": "2",
         "FINETUNE_SCRATCH_FOLDER": str(scratch),
+        "FINETUNE_STAGING_FOLDER": str(scratch / "staging"),
     }
     torchrun = ["-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1"]
     where = ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "finetune_trainer"]

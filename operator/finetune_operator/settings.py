@@ -12,8 +12,8 @@ import yaml
 from pydantic import AfterValidator, Field
 
 from finetune_api.contract import JOB_SERVER_PORT
+from finetune_api.quantity import quantity_value
 from finetune_api.schema import ApiModel
-from finetune_operator.render.quantity import quantity_value
 
 CONFIG_VARIABLE = "FINETUNE_OPERATOR_CONFIG"
 CONFIG_FILE = "/etc/finetune-operator/config.yaml"

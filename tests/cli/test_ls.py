@@ -14,7 +14,7 @@ def test_a_table_for_people(server: S3Server, jobs: dict[str, Case]) -> None:
     ran = finetune(server, "ls", f"s3://jobs/{JOB}")
     assert (ran.code, ran.stderr) == (0, "")
     header, *rows = (line.split() for line in ran.stdout.splitlines())
-    assert header == ["STEP", "COMMITTED", "SIZE", "RANKS", "ZERO", "GENERATION"]
+    assert header == ["STEP", "COMMITTED", "SIZE", "RANKS", "ZERO", "GENERATION", "METRIC"]
     assert [(row[0], *row[4:]) for row in rows] == [
         ("12", "2", "2", "1", "newest"),
         ("8", "2", "2", "1"),
@@ -37,6 +37,7 @@ def test_a_document_for_programs(server: S3Server, jobs: dict[str, Case]) -> Non
                 "commitTime": kept["commitTime"],
                 "sizeBytes": kept["sizeBytes"],
                 "manifest": kept["manifest"],
+                "metric": None,
                 "worldSize": 2,
                 "zeroStage": 2,
                 "generation": 1,
@@ -46,6 +47,19 @@ def test_a_document_for_programs(server: S3Server, jobs: dict[str, Case]) -> Non
         ],
         "uncommitted": [],
     }
+
+
+def test_what_an_evaluation_gave_is_told_where_the_job_keeps_its_best(server: S3Server, jobs: dict[str, Case]) -> None:
+    copy = Copy.of(server, JOB, "ls-graded")
+    head = copy.head
+    head["kept"][1]["metric"] = 0.71
+    copy.put("HEAD", json.dumps(head).encode())
+    assert [each["metric"] for each in finetune(server, "ls", copy.prefix, "-o", "json").json["checkpoints"]] == [
+        None,
+        0.71,
+        None,
+    ]
+    assert finetune(server, "ls", copy.prefix).stdout.splitlines()[2].split()[-1] == "0.71"
 
 
 def test_saves_that_were_never_committed_are_told_apart(server: S3Server, jobs: dict[str, Case]) -> None:

@@ -12,10 +12,11 @@ from finetune_trainer.adapters import add_adapter
 from finetune_trainer.checkpoint import head as heads
 from finetune_trainer.checkpoint import manifest as manifests
 from finetune_trainer.checkpoint.manifest import Manifest, Parameter, Position
-from finetune_trainer.checkpoint.shard import Owned, write_shard
+from finetune_trainer.checkpoint.shard import Owned
 from finetune_trainer.object_store import S3ObjectStore
 from tests.cli.command import finetune_alone
 from tests.storage.seaweedfs import S3Server
+from tests.trainer.checkpoint.shards import write_shard
 
 BOUND_MIB = 256
 NUMBERS = 72 * 2**20  # of the trained weight: 288 MiB in each of three states, 864 MiB of checkpoint

@@ -1,13 +1,16 @@
 """Fewer checkpoints, nothing else: beside a running job, never the last one, and only what can be done without."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from finetune_cli.checkpoints.pruning import Pruning, carry_out, plan_pruning
-from finetune_cli.errors import Damaged
+from finetune_cli.checkpoints.pruning import Best, Pruning, carry_out, plan_pruning
+from finetune_cli.errors import CannotTell, Damaged
+from finetune_trainer.checkpoint import manifest as manifests
 from finetune_trainer.checkpoint.commit import HeadWriter
-from finetune_trainer.checkpoint.head import Kept
+from finetune_trainer.checkpoint.head import Kept, Retention
+from finetune_trainer.checkpoint.manifest import Manifest, Position
 from finetune_trainer.checkpoint.pruning import prune
 from finetune_trainer.object_store import Ambiguous, MemoryObjectStore
 from tests.cli.command import finetune
@@ -129,10 +132,10 @@ def checkpoint(step: int) -> Kept:
 
 
 def committed(store: MemoryObjectStore, *steps: int) -> HeadWriter:
-    writer = HeadWriter(store=store, prefix=PREFIX, generation=1, pause=lambda _: None)
+    writer = HeadWriter(store=store, prefix=PREFIX, generation=1, retention=Retention(9), pause=lambda _: None)
     writer.fence()
     for step in steps:
-        writer.commit(checkpoint(step), keep=9)
+        writer.commit(checkpoint(step))
     return writer
 
 
@@ -140,7 +143,7 @@ def test_a_running_job_commits_after_a_prune_as_if_nothing_had_been() -> None:
     store = MemoryObjectStore()
     writer = committed(store, 10, 20, 30)
     prune(store, PREFIX, [checkpoint(10), checkpoint(20)])
-    assert [kept.step for kept in writer.commit(checkpoint(40), keep=9).kept] == [40, 30]
+    assert [kept.step for kept in writer.commit(checkpoint(40)).kept] == [40, 30]
 
 
 def test_a_prune_between_a_commit_and_its_answer_leaves_the_commit_a_success() -> None:
@@ -155,7 +158,7 @@ def test_a_prune_between_a_commit_and_its_answer_leaves_the_commit_a_success() -
     plain, interrupted = MemoryObjectStore(), Interrupted()
     interrupted.objects = plain.objects
     writer = committed(interrupted, 10, 20, 30)
-    assert [kept.step for kept in writer.commit(checkpoint(40), keep=9).kept] == [40, 30]
+    assert [kept.step for kept in writer.commit(checkpoint(40)).kept] == [40, 30]
 
 
 @pytest.mark.parametrize("arrived", [True, False], ids=["and the write had arrived", "and it had not"])
@@ -179,13 +182,51 @@ def test_a_prune_whose_answer_is_lost_is_asked_about_and_made_once(arrived: bool
     assert head.sequence == 5
 
 
+def test_a_grade_that_comes_between_does_not_hide_a_checkpoint_from_the_prune() -> None:
+    store = MemoryObjectStore()
+    writer = committed(store, 10, 20, 30)
+    writer.grade(10, 0.7)
+    assert [kept.step for kept in prune(store, PREFIX, [checkpoint(10)]).kept] == [30, 20]
+
+
+GRADED = {
+    "the highest": (Best.HIGHEST, [30, 20]),
+    "the lowest": (Best.LOWEST, [30, 10]),
+    "not the best": (Best.NONE, [30]),
+}
+
+
+@pytest.mark.parametrize(("best", "stay"), GRADED.values(), ids=GRADED.keys())
+def test_of_graded_checkpoints_stays(best: Best, stay: list[int]) -> None:
+    assert [kept.step for kept in plan_pruning(graded(), PREFIX, 1, best).staying] == stay
+
+
+def test_which_end_of_a_metric_is_good_is_not_guessed() -> None:
+    with pytest.raises(CannotTell, match=r"step 20 \(0\.9\), 10 \(0\.7\); say --keep-best highest, lowest or none$"):
+        plan_pruning(graded(), PREFIX, 1)
+    assert [kept.step for kept in plan_pruning(graded(), PREFIX, 3).staying] == [30, 20, 10]
+
+
+def graded() -> MemoryObjectStore:
+    store = MemoryObjectStore()
+    body = manifests.encode(Manifest(Position(1, 1), 1, 1, 1, "", (), {}, ()))
+    writer = HeadWriter(store=store, prefix=PREFIX, generation=1, retention=Retention(9), pause=lambda _: None)
+    writer.fence()
+    for step in (10, 20, 30):
+        store.put(f"{PREFIX}/{checkpoint(step).manifest}", body)
+        writer.commit(replace(checkpoint(step), sha256=manifests.digest(body)))
+    writer.grade(10, 0.7)
+    writer.grade(20, 0.9)
+    return store
+
+
 def test_a_commit_that_comes_between_is_kept_whatever_the_number() -> None:
     class Commits(MemoryObjectStore):
         def read(self, uri: str):  # the job commits between the prune's look and its write
             stored = super().read(uri)
             if not self.done:
                 self.done = True
-                writer.commit(checkpoint(40), keep=9)
+                writer.commit(checkpoint(40))
             return stored
 
         done = False

@@ -15,7 +15,7 @@ SURFACE = {
     "ls": ["PREFIX", *COMMON],
     "verify": ["PREFIX[@STEP]", "--all", *COMMON],
     "export": ["PREFIX[@STEP]", "FOLDER", "--model", "--max-file-size", *COMMON],
-    "prune": ["PREFIX", "--keep", "--dry-run", "--yes -y", *COMMON],
+    "prune": ["PREFIX", "--keep", "--keep-best", "--dry-run", "--yes -y", *COMMON],
 }
 JOB = "s3://jobs/full-bf16-zero-2"
 

@@ -26,6 +26,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+Json = dict[str, Any]
+
 LIBC = ctypes.CDLL(None)
 START_SECONDS = 60
 START_ATTEMPTS = 3
@@ -84,12 +86,15 @@ def weed_binary() -> Path:
 
 
 @contextmanager
-def running_seaweedfs(folder: Path) -> Iterator[S3Server]:
-    """Run a server whose data lies in ``folder``; it takes writes when the block is entered and is gone when it is left."""
+def running_seaweedfs(folder: Path, roles: Json | None = None) -> Iterator[S3Server]:
+    """Run a server whose data lies in ``folder``; it takes writes when the block is entered and is gone when it is left.
+
+    ``roles`` is the configuration of its STS, which answers at the same endpoint.
+    """
     for attempt in range(START_ATTEMPTS):
         ports = dict(zip(PORTS, _free_ports(len(PORTS)), strict=True))
         server = S3Server(f"http://127.0.0.1:{ports['s3']}", secrets.token_hex(8), secrets.token_hex(16))
-        process = _start(folder, ports, server)
+        process = _start(folder, ports, server, roles)
         try:
             try:
                 _wait_until_ready(process, server, folder)
@@ -103,7 +108,7 @@ def running_seaweedfs(folder: Path) -> Iterator[S3Server]:
             _stop(process)
 
 
-def _start(folder: Path, ports: dict[str, int], server: S3Server) -> subprocess.Popen[bytes]:
+def _start(folder: Path, ports: dict[str, int], server: S3Server, roles: Json | None) -> subprocess.Popen[bytes]:
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     identities = folder / "identities.json"
@@ -122,6 +127,7 @@ def _start(folder: Path, ports: dict[str, int], server: S3Server) -> subprocess.
         "-s3.autoCreateBucket=false",  # as S3 itself
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-iam=false", "-metricsPort=0"),
         f"-s3.config={identities}",
+        *_roles_option(folder, roles),
         f"-s3.localSocket={folder / 's3.sock'}",
         f"-filer.localSocket={folder / 'filer.sock'}",
         *("-volume.max=200", "-master.volumeSizeLimitMB=256", "-master.volumePreallocate=false"),
@@ -143,6 +149,14 @@ def _start(folder: Path, ports: dict[str, int], server: S3Server) -> subprocess.
             env=environment,
             preexec_fn=_die_with_parent,  # noqa: PLW1509  takes no lock
         )
+
+
+def _roles_option(folder: Path, roles: Json | None) -> list[str]:
+    if roles is None:
+        return []
+    path = folder / "roles.json"
+    path.write_text(json.dumps(roles))
+    return [f"-s3.iam.config={path}"]
 
 
 def _die_with_parent() -> None:

@@ -1,43 +1,13 @@
 """What every object store does: the same cases for the one in memory and for a real S3 server."""
 
 import threading
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from finetune_trainer.errors import BadConfig
-from finetune_trainer.object_store import (
-    MemoryObjectStore,
-    ObjectMissing,
-    ObjectStore,
-    PreconditionFailed,
-    S3ObjectStore,
-    split_uri,
-)
-from tests.storage.seaweedfs import S3Server
-
-BUCKET = "s3://conformance"
-
-
-@pytest.fixture(scope="module")
-def real_store(seaweedfs: S3Server) -> ObjectStore:
-    seaweedfs.create_bucket("conformance")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in seaweedfs.environment.items():
-            patch.setenv(name, value)
-        return S3ObjectStore(seaweedfs.endpoint)
-
-
-@pytest.fixture(params=["memory", "seaweedfs"])
-def store(request: pytest.FixtureRequest) -> ObjectStore:
-    return MemoryObjectStore() if request.param == "memory" else request.getfixturevalue("real_store")
-
-
-@pytest.fixture
-def prefix() -> str:
-    return f"{BUCKET}/{uuid.uuid4().hex}"
+from finetune_trainer.object_store import ObjectMissing, PreconditionFailed, split_uri
 
 
 def test_an_object_is_read_as_it_was_written(store, prefix):

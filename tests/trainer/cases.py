@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from finetune_trainer.train import ROLLBACKS_LIMIT
 from tests.trainer.launch import Case
 from tests.trainer.recipes import classification, language_modelling
 
@@ -23,14 +24,20 @@ def cases_of_one_rank(files: Path) -> dict[str, Case]:
     return {
         **stages(files),
         "uninterrupted": Case(classification(files, evaluation=EVERY_SIX), checkpoint={"intervalSteps": 4}),
-        "long": Case(classification(files, training={"steps": 150, "optimizer": {"learningRate": 2.0e-3}})),
+        "long": Case(classification(files, training={"steps": 300, "optimizer": {"learningRate": 2.0e-3}})),
         "gradient-checkpointing": Case(classification(files, training={"gradientCheckpointing": True})),
         "micro-batches-of-6": Case(classification(files, training={"microBatchSize": 6})),
         "bf16": Case(classification(files, training={"precision": "BF16"})),
         "bf16-zero-0": Case(classification(files, training={"precision": "BF16"}, zero=zero(0))),
         "fp16": Case(classification(files, training={"precision": "FP16"})),
         "fp16-zero-0": Case(classification(files, training={"precision": "FP16"}, zero=zero(0))),
-        "not-a-number": Case(classification(files, model="bert-overflowing")),
+        **{
+            f"not-a-number-{generation}": Case(
+                classification(files, model="bert-overflowing"), prefix="not-a-number", generation=generation
+            )
+            for generation in range(1, ROLLBACKS_LIMIT + 2)
+        },
+        **poisoned(files, "poisoned"),
         "not-a-number-fp16": Case(
             classification(files, model="bert-overflowing", training={"precision": "FP16", "steps": 40})
         ),
@@ -43,6 +50,17 @@ def cases_of_one_rank(files: Path) -> dict[str, Case]:
         "one-epoch": Case(
             classification(files, training={"epochs": 1, "steps": None, "microBatchSize": None}, evaluation=None)
         ),
+    }
+
+
+def poisoned(files: Path, prefix: str) -> dict[str, Case]:
+    """Two generations of a job, one sample of which makes no finite number."""
+    recipe = classification(
+        files, model="bert-poisoned", data={"train": {"source": f"file://{files}/train-poisoned.jsonl"}}
+    )
+    return {
+        f"{prefix}-{generation}": Case(recipe, prefix=prefix, generation=generation, checkpoint={"intervalSteps": 3})
+        for generation in (1, 2)
     }
 
 
@@ -59,6 +77,7 @@ def cases_of_two_ranks(files: Path) -> dict[str, Case]:
         "interrupted-2": Case(interrupted, prefix="interrupted", generation=2),
         "interrupted-3-is-finished": Case(interrupted, prefix="interrupted", generation=3),
         "interrupted-4-is-stale": Case(interrupted, prefix="interrupted", generation=2),
+        **poisoned(files, "poisoned-on-two"),
         "resized-1": Case(classification(files), prefix="resized", stop_at_look=8),
         "lora-zero-3": Case(classification(files, tuning=LORA, zero=zero(3))),
         "bf16-zero-3": Case(classification(files, training={"precision": "BF16"}, zero=zero(3))),

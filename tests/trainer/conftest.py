@@ -9,7 +9,7 @@ from hypothesis import settings
 from tests.storage.seaweedfs import S3Server, running_seaweedfs
 from tests.trainer.cases import cases_of_one_rank, cases_of_three_ranks, cases_of_two_ranks
 from tests.trainer.launch import Case, Launcher, train_all
-from tests.trainer.sentences import counting_texts, rated_sentences, write_jsonl
+from tests.trainer.sentences import counting_texts, poisoned, rated_sentences, write_jsonl
 from tests.trainer.tiny_models import save_bert, save_llama
 
 settings.register_profile("no timing assertions", deadline=None)
@@ -22,9 +22,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     save_bert(folder / "bert")
     save_bert(folder / "bert-overflowing", overflowing=True)
+    save_bert(folder / "bert-poisoned", poisoned=True)
     save_llama(folder / "llama")
     save_llama(folder / "llama-config", weights=False)
     write_jsonl(folder / "train.jsonl", rated_sentences(151))
+    write_jsonl(folder / "train-poisoned.jsonl", poisoned(rated_sentences(151)))
     write_jsonl(folder / "evaluation.jsonl", rated_sentences(41, seed=2))
     write_jsonl(folder / "texts.jsonl", counting_texts(200))
     write_jsonl(folder / "other-texts.jsonl", counting_texts(31, seed=2))

@@ -106,6 +106,7 @@ class Launcher:
             "OMP_NUM_THREADS": "1",
             contract.EXPECTED_WORLD_SIZE: str(world_size),
             "FINETUNE_SCRATCH_FOLDER": str(self.scratch),
+            "FINETUNE_STAGING_FOLDER": str(self.folder / "staging"),
             "FINETUNE_CLAIMS_FOLDER": str(self.folder / "claims"),
             **more,
         }

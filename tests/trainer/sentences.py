@@ -4,7 +4,10 @@ import json
 import random
 from pathlib import Path
 
-from tests.trainer.tiny_models import BAD, GOOD, PLAIN
+import numpy as np
+
+from finetune_trainer.data.order import sample_order
+from tests.trainer.tiny_models import BAD, GOOD, PLAIN, POISON
 
 LABELS = ("negative", "neutral", "positive")
 
@@ -12,6 +15,16 @@ LABELS = ("negative", "neutral", "positive")
 def rated_sentences(count: int, *, seed: int = 1) -> list[dict[str, str]]:
     draw = random.Random(seed)
     return [_rated(draw, draw.choice(LABELS)) for _ in range(count)]
+
+
+POISONED_NUMBER = 90
+"""Which sample of a run with seed 42 has the word that no poisoned model can read."""
+
+
+def poisoned(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    (place,) = sample_order(np.array([POISONED_NUMBER]), samples=len(rows), seed=42)
+    spoilt = {**rows[place], "text": f"the film {POISON}"}
+    return [*rows[:place], spoilt, *rows[place + 1 :]]
 
 
 def _rated(draw: random.Random, label: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune_api.recipe import Recipe
-from finetune_trainer.data.batches import BatchPlan, random_seed
+from finetune_trainer.data.batches import BatchPlan, cut, random_seed
 from finetune_trainer.data.encoded import open_encoded
 from finetune_trainer.data.encoding import encode_data
 from finetune_trainer.feed import Feed
@@ -100,7 +100,8 @@ def plain_loop(recipe: Recipe, scratch: Path, *, steps: int) -> tuple[list[float
     losses, norms = [], []
     for step in range(steps):
         total = torch.zeros(())
-        for index, samples in enumerate(plan.micro_batches(step)):
+        chosen = plan.chosen(step)
+        for index, samples in enumerate(cut(chosen, feed.data.lengths(chosen), training.micro_batch_size)):
             torch.manual_seed(random_seed("dropout", training.seed, step, index))
             batch = feed.batch(samples)
             total = total + task.loss(model(**batch.inputs).logits, batch.labels)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.recipe import Training
-from finetune_trainer.data.batches import BatchPlan, deal, default_micro_batch_size, random_seed
+from finetune_trainer.data.batches import BatchPlan, cut, deal, default_micro_batch_size, random_seed
 from finetune_trainer.data.order import permute, sample_order
 
 seeds = st.integers(0, 2**32 - 1)
@@ -63,9 +63,47 @@ def test_rounds_are_the_turns_of_a_deal(ranks: int, parts: int) -> None:
 
 def test_steps_follow_one_another_over_epochs_without_a_seam() -> None:
     plan = BatchPlan(samples=10, global_batch_size=4, micro_batch_size=2, seed=1)
-    seen = [int(index) for step in range(5) for part in plan.micro_batches(step) for index in part]
+    seen = [int(index) for step in range(5) for index in plan.chosen(step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert plan.epoch(5) == 2
+
+
+SKIPS = {
+    "nothing": ([], [0, 1, 2, 3]),
+    "a batch before": ([(0, 4)], [4, 5, 6, 7]),
+    "part of the batch": ([(1, 3)], [0, 3, 4, 5]),
+    "a batch behind": ([(4, 8)], [0, 1, 2, 3]),
+    "two that touch, in the wrong order": ([(2, 4), (0, 2)], [4, 5, 6, 7]),
+    "two that overlap": ([(0, 3), (1, 2)], [3, 4, 5, 6]),
+    "one uncovered by another": ([(0, 4), (5, 6)], [4, 6, 7, 8]),
+}
+
+
+@pytest.mark.parametrize(("skipped", "numbers"), SKIPS.values(), ids=SKIPS.keys())
+def test_the_row_closes_up_over_what_is_skipped(skipped: list[tuple[int, int]], numbers: list[int]) -> None:
+    plan = BatchPlan(samples=100, global_batch_size=4, micro_batch_size=2, seed=1)
+    assert list(plan.numbers(0, skipped)) == numbers
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)).map(lambda r: (r[0], r[0] + r[1])), max_size=6),
+    steps=st.integers(1, 12),
+)
+def test_no_skipped_sample_is_used_and_no_other_is_left_out(ranges: list[tuple[int, int]], steps: int) -> None:
+    plan = BatchPlan(samples=1000, global_batch_size=4, micro_batch_size=2, seed=1)
+    used = [int(number) for step in range(steps) for number in plan.numbers(step, ranges)]
+    skipped = {number for start, end in ranges for number in range(start, end)}
+    assert used == [number for number in range(1000) if number not in skipped][: 4 * steps]
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), size=st.integers(1, 9))
+def test_a_cut_loses_no_sample_and_puts_like_lengths_together(lengths: list[int], size: int) -> None:
+    samples = np.arange(100, 100 + len(lengths))
+    parts = cut(samples, np.array(lengths), size)
+    assert sorted(int(sample) for part in parts for sample in part) == list(samples)
+    assert [len(part) for part in parts[:-1]] == [size] * (len(parts) - 1)
+    in_order = [lengths[sample - 100] for part in parts for sample in part]
+    assert in_order == sorted(lengths)
 
 
 TOTALS = {

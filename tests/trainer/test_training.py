@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from finetune_api.contract import ExitCode
-from finetune_api.protocol import BeatKind, Phase
+from finetune_api.protocol import BeatKind, Phase, Resumed, ResumeSource
+from finetune_trainer.train import ROLLBACKS_LIMIT
 from tests.trainer.launch import Case
 from tests.trainer.recipes import STEPS
+from tests.trainer.sentences import POISONED_NUMBER
 
 
 def code(case: Case) -> int:
@@ -19,20 +21,26 @@ def code(case: Case) -> int:
     return codes.pop()
 
 
+def learns(case: Case) -> bool:
+    """Whether the last third of the steps is better than the first; single batches of twelve differ more than that."""
+    third = len(case.beats.losses) // 3
+    return sum(case.beats.losses[-third:]) < sum(case.beats.losses[:third])
+
+
 @pytest.mark.parametrize(
     "name", ["bf16", "bf16-zero-0", "fp16", "fp16-zero-0", "lora", "language-model", "language-model-lora"]
 )
 def test_learns_on_one_rank(name: str, one_rank: dict[str, Case]) -> None:
     case = one_rank[name]
     assert code(case) == ExitCode.OK, case.outcomes
-    assert case.beats.losses[-1] < case.beats.losses[0]
+    assert learns(case)
 
 
 @pytest.mark.parametrize("name", ["lora-zero-3", "bf16-zero-3", "offload-zero-2", "offload-zero-3"])
 def test_learns_on_two_ranks(name: str, two_ranks: dict[str, Case]) -> None:
     case = two_ranks[name]
     assert code(case) == ExitCode.OK, case.outcomes
-    assert case.beats.losses[-1] < case.beats.losses[0]
+    assert learns(case)
 
 
 def test_pretraining_from_scratch_lowers_loss_and_measures_perplexity(one_rank: dict[str, Case]) -> None:
@@ -52,11 +60,40 @@ def test_lora_trains_the_same_under_zero_3(one_rank: dict[str, Case], two_ranks:
     assert two_ranks["lora-zero-3"].beats.losses == pytest.approx(one_rank["lora"].beats.losses, abs=1e-3)
 
 
-def test_a_loss_that_is_no_number_ends_before_the_first_update(one_rank: dict[str, Case]) -> None:
-    case = one_rank["not-a-number"]
-    assert code(case) == ExitCode.NUMERIC
-    assert case.outcomes[0]["message"].startswith("the loss of step 1 is nan; lower training.optimizer.learningRate")
-    assert case.beats.progress == []
+def test_a_job_that_never_makes_a_number_goes_back_so_often_and_then_fails(one_rank: dict[str, Case]) -> None:
+    cases = [one_rank[f"not-a-number-{generation}"] for generation in range(1, ROLLBACKS_LIMIT + 2)]
+    assert [code(case) for case in cases] == [ExitCode.ROLLED_BACK] * ROLLBACKS_LIMIT + [ExitCode.NUMERIC]
+    assert [case.beats.of(BeatKind.RESUMED)[0].rollbacks for case in cases] == list(range(ROLLBACKS_LIMIT + 1))
+    assert cases[0].outcomes[0]["message"] == (
+        "the loss of step 1 is nan; going back to the newest checkpoint and leaving out samples 0 to 11 (time 1 of 5)"
+    )
+    assert cases[1].outcomes[0]["message"].endswith("leaving out samples 12 to 23 (time 2 of 5)")
+    assert (
+        cases[-1]
+        .outcomes[0]["message"]
+        .startswith(
+            "the loss of step 1 is nan; going back and leaving out the samples was tried 5 times: lower training.optimizer"
+        )
+    )
+    assert all(case.beats.progress == [] for case in cases), "no step was taken"
+
+
+@pytest.mark.parametrize("name", ["poisoned", "poisoned-on-two"])
+def test_a_sample_that_makes_no_number_is_left_out_and_the_job_ends_well(
+    name: str, one_rank: dict[str, Case], two_ranks: dict[str, Case]
+) -> None:
+    cases = one_rank | two_ranks
+    first, second = cases[f"{name}-1"], cases[f"{name}-2"]
+    step = POISONED_NUMBER // 12
+    assert code(first) == ExitCode.ROLLED_BACK
+    assert first.outcomes[0]["message"] == (
+        f"the loss of step {step + 1} is nan; going back to the newest checkpoint and leaving out samples "
+        f"{12 * step} to {12 * step + 11} (time 1 of 5)"
+    )
+    assert code(second) == ExitCode.OK
+    (resumed,) = second.beats.of(BeatKind.RESUMED)
+    assert resumed == Resumed(6, ResumeSource.STORAGE, rollbacks=1, skipped_samples=12)
+    assert [progress.step for progress in second.beats.progress] == list(range(7, STEPS + 1))
 
 
 def test_fp16_gives_up_when_no_loss_scale_helps(one_rank: dict[str, Case]) -> None:
@@ -106,6 +143,7 @@ def test_a_resumed_job_goes_on_as_if_nothing_had_happened(
 ) -> None:
     first, second = two_ranks["interrupted-1"].beats, two_ranks["interrupted-2"].beats
     assert [progress.step for progress in second.progress] == list(range(6, STEPS + 1))
+    assert second.of(BeatKind.RESUMED) == [Resumed(5, ResumeSource.MEMORY)], "its pod lived"
     assert first.losses + second.losses == pytest.approx(two_ranks["zero-2"].beats.losses, abs=1e-6)
     assert first.losses + second.losses == pytest.approx(one_rank["uninterrupted"].beats.losses, abs=1e-3)
 

@@ -61,12 +61,20 @@ def bert_config() -> BertConfig:
     )
 
 
-def save_bert(folder: Path, *, overflowing: bool = False) -> Path:
-    """An encoder without a head, as pretrained ones come; an overflowing one makes no finite number."""
+POISON = "w7"
+
+
+def save_bert(folder: Path, *, overflowing: bool = False, poisoned: bool = False) -> Path:
+    """An encoder without a head, as pretrained ones come.
+
+    An overflowing one makes no finite number, a poisoned one none of a text with the word ``POISON``.
+    """
     torch.manual_seed(7)
     model = BertModel(bert_config())
     if overflowing:
         torch.nn.init.constant_(model.pooler.dense.weight, float("nan"))
+    if poisoned:
+        torch.nn.init.constant_(model.embeddings.word_embeddings.weight[WORDS.index(POISON)], float("nan"))
     model.save_pretrained(folder)
     save_tokenizer(folder, encoder=True)
     return folder

@@ -19,7 +19,7 @@ from finetune_trainer.stop import StopRequest
 
 def main(environment: Mapping[str, str] = os.environ) -> int:
     """Run one worker to its end and return its exit code."""
-    stop = StopRequest()
+    stop = StopRequest(environment)
     stop.listen()
     reporter = Reporter(environment)
     reporter.alive()

@@ -6,9 +6,10 @@
     ├── WrongWorld          71  WORLD_SIZE is not what the job says
     ├── Stale               73  a newer generation owns the checkpoint prefix
     ├── SavedOnRequest      75  stopped on request, after a committed save
-    ├── NumericFailure      76  NaN or infinity that training cannot step over
+    ├── NumericFailure      76  NaN or infinity, again and again: rolling back did not help
     ├── NoPermission        77  the object store or a file refused us
-    └── BadConfig           78  the recipe, the model or the store cannot work
+    ├── BadConfig           78  the recipe, the model or the store cannot work
+    └── RolledBack          79  NaN or infinity: the next generation starts before it and skips what caused it
 
 Anything else that escapes is a bug or the machine's doing, and exits 1 with its traceback.
 """
@@ -70,3 +71,9 @@ class BadConfig(TrainingError):
     """The recipe, the model or the store cannot work together."""
 
     exit_code = ExitCode.BAD_CONFIG
+
+
+class RolledBack(TrainingError):
+    """The numbers of a step are not finite; the next generation starts from the newest checkpoint without its samples."""
+
+    exit_code = ExitCode.ROLLED_BACK

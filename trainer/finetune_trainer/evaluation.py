@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune_api.protocol import Metric
+from finetune_api.protocol import JobCheckpoint, Metric
 from finetune_api.recipe import MetricName
-from finetune_trainer.data.batches import deal
+from finetune_trainer.checkpoint.head import Retention
+from finetune_trainer.data.batches import cut, deal
 from finetune_trainer.feed import Feed
 from finetune_trainer.ranks import Ranks
 
@@ -21,6 +22,8 @@ ALIVE_EVERY = 8
 """Ask whether to stop, and tell that we are alive, once in so many micro-batches."""
 
 WIRE_NAMES = {MetricName.ACCURACY: "accuracy", MetricName.MACRO_F1: "macroF1", MetricName.PERPLEXITY: "perplexity"}
+
+LOWER_IS_BETTER = (MetricName.PERPLEXITY,)
 
 
 @torch.no_grad()
@@ -38,7 +41,8 @@ def evaluate(
     """Return the loss per target and the metrics, the same on every rank; None when it was asked to stop. Collective."""
     built = {name: feed.task.metric(name, vocabulary=vocabulary) for name in names}
     metrics = {name: metric.to(feed.device) for name, metric in built.items() if metric is not None}
-    pieces = np.array_split(np.arange(len(feed.data)), range(micro_batch_size, len(feed.data), micro_batch_size))
+    everything = np.arange(len(feed.data))
+    pieces = cut(everything, feed.data.lengths(everything), micro_batch_size)
     loss, targets = 0.0, 0
     engine.eval()
     for turn, index in enumerate(deal(len(pieces), ranks=ranks.size, rank=ranks.rank)):
@@ -57,6 +61,18 @@ def evaluate(
     mean = total_loss / total_targets
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
     return [Metric("loss", mean)] + [Metric(WIRE_NAMES[name], values.get(name, _exp(mean))) for name in names]
+
+
+def value_of(metrics: Sequence[Metric], name: MetricName) -> float:
+    """Return the value of one metric of an evaluation."""
+    return next(metric.value for metric in metrics if metric.name == WIRE_NAMES[name])
+
+
+def retention_of(wish: JobCheckpoint) -> Retention:
+    """Return which checkpoints a job keeps."""
+    if wish.keep_best is None:
+        return Retention(wish.keep)
+    return Retention(wish.keep, "lowest" if MetricName(wish.keep_best) in LOWER_IS_BETTER else "highest")
 
 
 def _exp(mean: float) -> float:

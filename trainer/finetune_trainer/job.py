@@ -14,8 +14,9 @@ from finetune_api.protocol import JobFile, JobStorage, from_wire
 from finetune_api.recipe import Recipe
 from finetune_trainer.errors import BadConfig
 
-# Only tests and runs outside a pod set these two; in a pod the folders are the contract's.
+# Only tests and runs outside a pod set these; in a pod the folders are the contract's.
 SCRATCH_VARIABLE = "FINETUNE_SCRATCH_FOLDER"
+STAGING_VARIABLE = "FINETUNE_STAGING_FOLDER"
 CLAIMS_VARIABLE = "FINETUNE_CLAIMS_FOLDER"
 
 
@@ -28,6 +29,7 @@ class Job:
     storage: JobStorage
     generation: int
     scratch: Path
+    staging: Path
     claims: Path
 
     @property
@@ -55,6 +57,7 @@ def read_job(environment: Mapping[str, str]) -> Job:
         storage=file.storage,
         generation=_read_generation(environment),
         scratch=Path(environment.get(SCRATCH_VARIABLE, contract.SCRATCH_FOLDER)),
+        staging=Path(environment.get(STAGING_VARIABLE, contract.STAGING_FOLDER)),
         claims=Path(environment.get(CLAIMS_VARIABLE, contract.CLAIMS_FOLDER)),
     )
 

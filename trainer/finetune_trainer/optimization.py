@@ -106,6 +106,10 @@ def warmup_steps(schedule: Schedule, total_steps: int) -> int:
     return math.ceil((schedule.warmup_ratio or 0.0) * total_steps)
 
 
+class NotFinite(Exception):
+    """A number that must be finite is not; the message says which, and of what step."""
+
+
 def accumulate(engine: Any, loss: torch.Tensor, *, targets: int, ranks: int) -> None:
     """Add the gradients of one micro-batch's summed loss, weighted by the targets of the whole global batch."""
     weight = ranks / targets
@@ -119,8 +123,9 @@ def update(engine: Any, recipe: Recipe, rate: float, step: int) -> Update:
     """Take the optimizer step number ``step`` (from 1) at learning rate ``rate``. Collective.
 
     Raises:
-        NumericFailure: the gradients are not finite, on all ranks alike. The weights in memory may then be spoilt, so nothing may be
+        NotFinite: the gradients are not finite, on all ranks alike. The weights in memory may then be spoilt, so nothing may be
             saved from them any more.
+        NumericFailure: FP16 overflows at any loss scale.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
@@ -138,13 +143,10 @@ def require_finite(what: str, value: float, step: int) -> None:
     """Refuse to go on with a number that is not one.
 
     Raises:
-        NumericFailure: it is NaN or infinite.
+        NotFinite: it is NaN or infinite.
     """
     if not math.isfinite(value):
-        raise NumericFailure(
-            f"the {what} of step {step} is {value}; lower training.optimizer.learningRate, use BF16 instead of FP16,"
-            " or look at the data of this step"
-        )
+        raise NotFinite(f"the {what} of step {step} is {value}")
 
 
 def _measure_at_stage_0(engine: Any, recipe: Recipe, step: int) -> float:

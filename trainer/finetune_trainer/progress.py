@@ -25,6 +25,8 @@ from finetune_api.protocol import (
     Model,
     Phase,
     Progress,
+    Resumed,
+    Saves,
     to_wire,
 )
 
@@ -84,6 +86,19 @@ class Reporter:
             return
         self._send(BeatKind.CHECKPOINT, checkpoint=checkpoint)
         self.say(f"checkpoint of step {checkpoint.step} committed: {checkpoint.uri} ({checkpoint.size_bytes:,} bytes)")
+
+    def saves(self, saves: Saves) -> None:
+        """Tell how saving goes (rank 0)."""
+        if self.rank == 0:
+            self._send(BeatKind.SAVES, saves=saves)
+
+    def resumed(self, resumed: Resumed) -> None:
+        """Tell where this generation starts (rank 0)."""
+        if self.rank != 0:
+            return
+        self._send(BeatKind.RESUMED, resumed=resumed)
+        if resumed.fallback:
+            self.say(f"falling back to step {resumed.step}: {resumed.fallback}")
 
     def model(self, uri: str) -> None:
         """Tell where the result is (rank 0)."""

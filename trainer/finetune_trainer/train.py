@@ -4,36 +4,40 @@ Every rank runs the same lines in the same order, and whatever decides between b
 number) is first summed over all ranks, once per step, before the optimizer step. So all ranks do the same thing at the same step.
 
 A checkpoint is saved before the evaluation of its step: a crash while evaluating costs the evaluation, not training, and the resumed run
-evaluates that step first.
+evaluates that step first. Saving goes on beside training (see autosave); only leaving waits for it.
+
+A loss or gradient that is not finite spoils nothing that was committed. The job goes back to its newest checkpoint, as a new generation,
+and leaves out the samples of the step, a bounded number of times.
 """
 
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
-import numpy as np
 import torch
 
-from finetune_api.protocol import Evaluation, Metric, Phase, Progress
-from finetune_api.recipe import Precision
+from finetune_api.protocol import Evaluation, Metric, Phase, Progress, ResumeSource
+from finetune_api.recipe import MetricName, Precision
+from finetune_trainer.autosave import Autosave
 from finetune_trainer.checkpoint.checkpoints import Checkpoints
 from finetune_trainer.checkpoint.manifest import Position
-from finetune_trainer.data.batches import deal, random_seed
-from finetune_trainer.errors import NumericFailure, SavedOnRequest
-from finetune_trainer.evaluation import evaluate
+from finetune_trainer.data.batches import cut, deal, random_seed
+from finetune_trainer.errors import BadConfig, NumericFailure, RolledBack, SavedOnRequest
+from finetune_trainer.evaluation import evaluate, retention_of, value_of
 from finetune_trainer.export import gather_weights, upload_model, write_model
 from finetune_trainer.export_planning import write_export_plan
 from finetune_trainer.job import Job
 from finetune_trainer.model_card import render_model_card
-from finetune_trainer.optimization import OVERFLOWS_LIMIT, accumulate, learning_rate, require_finite, update
+from finetune_trainer.optimization import OVERFLOWS_LIMIT, NotFinite, accumulate, learning_rate, require_finite, update
 from finetune_trainer.preparation import Prepared, prepare
 from finetune_trainer.progress import Reporter
 from finetune_trainer.ranks import Ranks
 from finetune_trainer.stop import StopRequest
 
-DEFAULT_INTERVAL_SECONDS = 300
-"""How often a checkpoint is committed when the job does not say."""
+ROLLBACKS_LIMIT = 5
+"""How often a job goes back before it counts as one that does not converge."""
 
 PACE_MEMORY = 0.9
 """Weight of the past in the running mean of seconds per step, from which the remaining time is told."""
@@ -57,9 +61,10 @@ def train(job: Job, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> None
         if run.is_finished():
             break
         run.step()
-        if run.save_agreed or run.stop_agreed or run.is_finished():
-            run.save()
+        if run.save_agreed or run.is_finished():
+            run.autosave.begin(run.position)
     run.export()
+    run.autosave.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,48 +81,67 @@ class Run:
 
     def __init__(self, job: Job, ranks: Ranks, reporter: Reporter, stop: StopRequest, prepared: Prepared) -> None:
         self.job, self.ranks, self.reporter, self.stop, self.prepared = job, ranks, reporter, stop, prepared
+        file = job.file.checkpoint
         self.checkpoints = Checkpoints(
             engine=prepared.engine,
             store=prepared.store,
             prefix=job.storage.prefix,
             generation=job.generation,
-            keep=job.file.checkpoint.keep,
+            retention=retention_of(file),
             recipe_digest=job.recipe_digest,
+            staging=(job.staging, job.scratch / "staging"),
+            resume_from=file.resume_from,
+            upload_bytes_per_second=file.upload_bytes_per_second,
         )
+        self.autosave = Autosave(job, self.checkpoints, ranks, reporter)
         self.position = Position(step=0, samples_consumed=0)
         self.metrics: list[Metric] = []
         self.save_agreed = False
         self.stop_agreed = False
-        self._saved_step: int | None = None
-        self._saved_at = time.monotonic()
         self._evaluated_step = 0
         self._overflows = 0
         self._pace: float | None = None
 
     def resume(self) -> None:
-        """Take up where the last committed checkpoint left off."""
-        found = self.checkpoints.resume()
-        if found is not None:
-            self.position, self._saved_step = found, found.step
-        self._saved_at = time.monotonic()
+        """Take up where the newest state that can be had left off."""
+        self.position, resumed = self.checkpoints.resume()
+        if resumed.source == ResumeSource.OTHER_JOB:
+            self._require_same_batches()
+        self.autosave.resumed(self.position.step, resumed.source)
         total = self.prepared.total_steps
+        self.reporter.resumed(resumed)
         self.reporter.say(f"generation {self.job.generation}: starting after step {self.position.step} of {total}")
         self.reporter.phase(Phase.TRAINING, self.position.step)
         self.stop_agreed = self.ranks.sum([float(self.stop.requested)])[0] > 0  # preparing may have taken long
+
+    def _require_same_batches(self) -> None:
+        consumed, size = self.position.samples_consumed, self.job.recipe.training.global_batch_size
+        if consumed != self.position.step * size:
+            raise BadConfig(
+                f"spec.checkpoint.resumeFrom: that job used {consumed} samples in {self.position.step} steps, "
+                f"so globalBatchSize must be {consumed // max(1, self.position.step)} here too, not {size}"
+            )
 
     def is_finished(self) -> bool:
         """Whether all steps are done."""
         return self.position.step >= self.prepared.total_steps
 
     def step(self) -> None:
-        """Train on one global batch."""
+        """Train on one global batch.
+
+        Raises:
+            RolledBack: its numbers are not finite; the next generation leaves it out.
+        """
         computed = self._compute()
         loss = self._agree(computed.loss)
         step, recipe = self.position.step + 1, self.job.recipe
-        if recipe.training.precision != Precision.FP16:  # whose scaler steps over a loss that is not finite
-            require_finite("loss", loss, step)
         rate = learning_rate(recipe, self.position.step, self.prepared.total_steps)
-        done = update(self.prepared.engine, recipe, rate, step)
+        try:
+            if recipe.training.precision != Precision.FP16:  # whose scaler steps over a loss that is not finite
+                require_finite("loss", loss, step)
+            done = update(self.prepared.engine, recipe, rate, step)
+        except NotFinite as what:
+            self._roll_back(str(what))
         self._count_overflows(done.skipped, step)
         self.position = replace(
             self.position,
@@ -127,13 +151,34 @@ class Run:
         self.reporter.phase(Phase.TRAINING, step)
         self._tell(replace(computed, loss=loss), rate, done.gradient_norm)
 
+    def _roll_back(self, what: str) -> NoReturn:
+        """Leave, so that the next generation starts from the newest checkpoint without this step's samples.
+
+        Raises:
+            RolledBack: unless that was tried too often.
+            NumericFailure: it was.
+        """
+        done = self.checkpoints.rollbacks
+        if done >= ROLLBACKS_LIMIT:
+            raise NumericFailure(
+                f"{what}; going back and leaving out the samples was tried {done} times: lower "
+                "training.optimizer.learningRate, use BF16 instead of FP16, or look at the data"
+            )
+        numbers = self.prepared.plan.numbers(self.position.step, self.position.skipped_ranges)
+        skipped = (int(numbers[0]), int(numbers[-1]) + 1)
+        count = self.checkpoints.roll_back(skipped)
+        raise RolledBack(
+            f"{what}; going back to the newest checkpoint and leaving out samples {skipped[0]} to {skipped[1] - 1} "
+            f"(time {count} of {ROLLBACKS_LIMIT})"
+        )
+
     def _compute(self) -> Computed:
         """Make this rank's forward and backward passes; the loss is this rank's share of it."""
         started = time.monotonic()
         prepared, step, seed = self.prepared, self.position.step, self.job.recipe.training.seed
         task, feed, engine = prepared.task, prepared.train, prepared.engine
-        micro_batches = prepared.plan.micro_batches(step)
-        samples = np.concatenate(micro_batches)
+        samples = prepared.plan.chosen(step, self.position.skipped_ranges)
+        micro_batches = cut(samples, feed.data.lengths(samples), prepared.plan.micro_batch_size)
         targets = task.count_targets(feed.data, samples)
         turns = deal(len(micro_batches), ranks=self.ranks.size, rank=self.ranks.rank)
         total = torch.zeros((), device=feed.device)
@@ -150,17 +195,10 @@ class Run:
 
     def _agree(self, loss_share: float) -> float:
         """Sum this step's flags and the loss over the ranks; return the loss."""
-        save = self.ranks.rank == 0 and self._save_is_due()
-        loss, saves, stops = self.ranks.sum([loss_share, float(save), float(self.stop.requested)])
-        self.save_agreed, self.stop_agreed = saves > 0, stops > 0
+        flags = self.autosave.flags(self.position.step + 1, evaluates=self._evaluates(self.position.step + 1))
+        loss, stops, *saves = self.ranks.sum([loss_share, float(self.stop.requested), *flags])
+        self.save_agreed, self.stop_agreed = self.autosave.agreed(saves), stops > 0
         return loss
-
-    def _save_is_due(self) -> bool:
-        """Whether this step should be saved; only rank 0's clock counts."""
-        wish = self.job.file.checkpoint
-        if wish.interval_steps is not None:
-            return (self.position.step + 1) % wish.interval_steps == 0
-        return time.monotonic() - self._saved_at >= (wish.interval_seconds or DEFAULT_INTERVAL_SECONDS)
 
     def _count_overflows(self, skipped: bool, step: int) -> None:
         self._overflows = self._overflows + 1 if skipped else 0
@@ -187,19 +225,15 @@ class Run:
             )
         )
 
-    def save(self) -> None:
-        """Commit a checkpoint of this step."""
-        self.reporter.phase(Phase.CHECKPOINTING)
-        self.reporter.checkpoint(self.checkpoints.save(self.position))
-        self._saved_step, self._saved_at = self.position.step, time.monotonic()
-        self.reporter.phase(Phase.TRAINING)
-
     def evaluation_is_due(self) -> bool:
         """Whether this step is to be evaluated and was not yet."""
-        wish, step = self.job.recipe.evaluation, self.position.step
-        if wish is None or step == self._evaluated_step:
+        return self.position.step != self._evaluated_step and self._evaluates(self.position.step)
+
+    def _evaluates(self, step: int) -> bool:
+        wish = self.job.recipe.evaluation
+        if wish is None:
             return False
-        return self.is_finished() or (wish.every_steps is not None and step % wish.every_steps == 0)
+        return step >= self.prepared.total_steps or (wish.every_steps is not None and step % wish.every_steps == 0)
 
     def evaluate(self) -> None:
         """Measure the model as it is; a stop that arrives meanwhile ends it without a result."""
@@ -222,6 +256,9 @@ class Run:
             return
         self.metrics, self._evaluated_step = metrics, self.position.step
         self.reporter.evaluation(Evaluation(step=self.position.step, metrics=metrics))
+        best_by = self.job.file.checkpoint.keep_best
+        if best_by is not None:
+            self.checkpoints.grade(self.position.step, value_of(metrics, MetricName(best_by)))
         self.reporter.phase(Phase.TRAINING)
 
     def leave(self) -> None:
@@ -233,8 +270,7 @@ class Run:
         step = self.position.step
         if step == 0:
             raise SavedOnRequest("stopped on request before the first step; there is nothing to save yet")
-        if self._saved_step != step:
-            self.save()
+        self.autosave.commit(self.position)
         raise SavedOnRequest(f"stopped on request; step {step} is saved")
 
     def export(self) -> None:

@@ -6,10 +6,14 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+
+from tests.trainer.checkpoint.faulty_store import FaultyStore
+from tests.trainer.checkpoint.trainee import Case, new_engine, train
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +29,26 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
         yield
         dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def engine(alone):
+    engine = new_engine(Case("alone", stage=2, precision="BF16"))
+    train(engine, range(1))
+    return engine
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("finetune_trainer.checkpoint.commit.FIRST_PAUSE_SECONDS", 0.0)
+
+
+@pytest.fixture
+def store():
+    return FaultyStore()
+
+
+@pytest.fixture(autouse=True)
+def pods(tmp_path, monkeypatch):
+    """Each incarnation runs in a pod of its own unless a test gives it the memory of another."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -24,6 +24,9 @@ class FaultyStore(MemoryObjectStore):
     def put(self, uri, body):
         return self._change("put", uri, lambda: MemoryObjectStore.put(self, uri, body))
 
+    def upload(self, body, uri, **options):
+        self._change("upload", uri, lambda: MemoryObjectStore.put(self, uri, bytes(body)))
+
     def put_if_absent(self, uri, body):
         return self._change("put_if_absent", uri, lambda: MemoryObjectStore.put_if_absent(self, uri, body))
 

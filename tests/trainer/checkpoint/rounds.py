@@ -1,8 +1,9 @@
 """What the ranks of a launch do, for all cases in turn; started by test_round_trips.py under torchrun.
 
-    rounds.py ENDPOINT PREFIX FOLDER save|resume|reshape|die...
+    rounds.py ENDPOINT PREFIX FOLDER save|recall|resume|reshape|die...
 
-``save`` trains without checkpoints and once more with a save on the way; ``resume`` takes that up in new processes; ``reshape``
+``save`` trains without checkpoints and once more with a save on the way; ``recall`` takes that up in new processes from the memory of
+their pods, ``resume`` in other pods from storage; ``reshape``
 loads into another ZeRO stage or world size and saves again; ``die`` kills a rank in the middle of a save. After each of them a rank
 writes what it saw to FOLDER as JSON.
 """
@@ -11,12 +12,14 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import deepspeed
 import torch.distributed as dist
 
 from finetune_trainer.checkpoint.checkpoints import Checkpoints
+from finetune_trainer.checkpoint.head import Retention
 from finetune_trainer.checkpoint.manifest import Position
 from finetune_trainer.object_store import S3ObjectStore
 from tests.trainer.checkpoint.trainee import Case, new_engine, train, weights_digest
@@ -56,8 +59,8 @@ class DiesUploading(S3ObjectStore):
 
     armed = False
 
-    def upload_file(self, path, uri):
-        super().upload_file(path, uri)
+    def upload(self, body, uri, **options):
+        super().upload(body, uri, **options)
         if self.armed and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -67,19 +70,21 @@ def slug(name):
 
 
 class Rounds:
-    def __init__(self, endpoint, prefix):
+    def __init__(self, endpoint, prefix, folder):
         self.endpoint = endpoint
+        self.pods = Path(folder) / "pods"
         self.prefix = prefix
         self.seen = {}
 
-    def checkpoints(self, engine, name, generation, *, store=None):
+    def checkpoints(self, engine, name, generation, *, store=None, pod=None):
         return Checkpoints(
             engine=engine,
             store=store or S3ObjectStore(self.endpoint),
             prefix=f"{self.prefix}/{slug(name)}",
             generation=generation,
-            keep=9,
+            retention=Retention(9),
             recipe_digest="recipe",
+            staging=[pod or Path(tempfile.mkdtemp())],
         )
 
     def save(self):
@@ -88,8 +93,8 @@ class Rounds:
             straight = train(engine, range(STEPS))
             digest, skipped = weights_digest(engine), engine.skipped_steps
             engine = new_engine(case)
-            checkpoints = self.checkpoints(engine, name, 1)
-            assert checkpoints.resume() is None
+            checkpoints = self.checkpoints(engine, name, 1, pod=self.pods / slug(name))
+            assert checkpoints.resume()[0].step == 0
             losses = train(engine, range(SAVE_AT))
             report = checkpoints.save(position(SAVE_AT))
             losses += train(engine, range(SAVE_AT, STEPS))
@@ -112,24 +117,32 @@ class Rounds:
         train(engine, range(SAVE_AT, SAVE_AT + 1))
         self.seen["falls back"] = {"uri": checkpoints.save(position(SAVE_AT + 1)).uri}
 
+    def recall(self):
+        for name, case in CASES.items():
+            self.take_up(name, case, 2, pod=self.pods / slug(name))
+
     def resume(self):
         for name, case in {**CASES, "falls back": CASES[FALLS_BACK], "killed": CASES[FALLS_BACK]}.items():
-            engine = new_engine(case)
-            found = self.checkpoints(engine, name, 2).resume()
-            losses = train(engine, range(found.step, STEPS))
-            self.seen[name] = {
-                "position": [found.step, found.samples_consumed, [list(pair) for pair in found.skipped_ranges]],
-                "losses": losses,
-                "digest": weights_digest(engine),
-                "skipped": engine.skipped_steps,
-            }
+            self.take_up(name, case, 3)
+
+    def take_up(self, name, case, generation, *, pod=None):
+        engine = new_engine(case)
+        found, resumed = self.checkpoints(engine, name, generation, pod=pod).resume()
+        losses = train(engine, range(found.step, STEPS))
+        self.seen[name] = {
+            "source": resumed.source.value,
+            "position": [found.step, found.samples_consumed, [list(pair) for pair in found.skipped_ranges]],
+            "losses": losses,
+            "digest": weights_digest(engine),
+            "skipped": engine.skipped_steps,
+        }
 
     def reshape(self):
         for number, (source, target) in enumerate(RESHAPES[dist.get_world_size()]):
             generation = 20 // dist.get_world_size() + number  # first two ranks, then one
             engine = new_engine(CASES[target])
             checkpoints = self.checkpoints(engine, source, generation)
-            found = checkpoints.resume()
+            found, _ = checkpoints.resume()
             report = checkpoints.save(found)
             self.seen[f"{source} to {target}"] = {"uri": report.uri, "losses": train(engine, range(found.step, STEPS))}
 
@@ -153,7 +166,7 @@ def main():
     endpoint, prefix, folder, *activities = sys.argv[1:]
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     for activity in activities:
-        rounds = Rounds(endpoint, prefix)
+        rounds = Rounds(endpoint, prefix, folder)
         getattr(rounds, activity)()
         name = f"{activity}-{dist.get_world_size()}-{dist.get_rank()}.json"
         Path(folder, name).write_text(json.dumps(rounds.seen))

@@ -1,80 +1,32 @@
 """What ``Checkpoints`` does about crashes, damage, rivals and stores that misbehave: one real engine, one rank, a store in memory."""
 
 import logging
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from finetune_api.protocol import Resumed, ResumeSource
 from finetune_trainer.checkpoint import deepspeed_state as state
 from finetune_trainer.checkpoint.checkpoints import Checkpoints
 from finetune_trainer.checkpoint.commit import ATTEMPTS
-from finetune_trainer.checkpoint.head import decode
+from finetune_trainer.checkpoint.head import Retention
 from finetune_trainer.checkpoint.manifest import Position
 from finetune_trainer.errors import BadConfig, BadData, NoPermission, Stale, StorageUnavailable
 from finetune_trainer.object_store import Ambiguous, MemoryObjectStore, PreconditionFailed
 from tests.trainer.checkpoint.faulty_store import Crash, FaultyStore, IgnoresConditions, Once
-from tests.trainer.checkpoint.trainee import Case, new_engine, train, weights_digest
-
-PREFIX = "s3://bucket/team/job"
-HEAD = f"{PREFIX}/HEAD"
-
-
-@pytest.fixture(scope="module")
-def engine(alone):
-    engine = new_engine(Case("alone", stage=2, precision="BF16"))
-    train(engine, range(1))
-    return engine
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr("finetune_trainer.checkpoint.commit.FIRST_PAUSE_SECONDS", 0.0)
-
-
-@pytest.fixture
-def store():
-    return FaultyStore()
-
-
-def checkpoints(engine, store, generation, *, keep=2, digest="recipe-1"):
-    return Checkpoints(
-        engine=engine, store=store, prefix=PREFIX, generation=generation, keep=keep, recipe_digest=digest
-    )
-
-
-def position(step):
-    return Position(step, 8 * step, ((3, 5),))
-
-
-def mark(engine, value):
-    """Give the whole state one value, as if training had brought it there."""
-    for part in state.held(engine):
-        for number, view in enumerate(part.views):
-            view.fill_(value + number)
-
-
-def marks(engine):
-    return {view[0].item() - number for part in state.held(engine) for number, view in enumerate(part.views)}
-
-
-def save(engine, saver, step):
-    mark(engine, step)
-    return saver.save(position(step))
-
-
-def head(store):
-    return decode(store.objects[HEAD])
-
-
-def objects(store, part):
-    return sorted(uri for uri in store.objects if part in uri)
+from tests.trainer.checkpoint.incarnations import HEAD, PREFIX, checkpoints, head, mark, marks, objects, position, save
+from tests.trainer.checkpoint.trainee import Case, new_engine, weights_digest
 
 
 @pytest.fixture
 def two_saved(engine, store):
     """Steps 10 and 20, saved by generation 1."""
     first = checkpoints(engine, store, 1)
-    assert first.resume() is None
+    assert first.resume() == (Position(0, 0), Resumed(0, ResumeSource.START))
     save(engine, first, 10)
     save(engine, first, 20)
     mark(engine, -1)
@@ -83,7 +35,7 @@ def two_saved(engine, store):
 
 def test_an_empty_prefix_is_a_fresh_start(engine, store):
     before = weights_digest(engine)
-    assert checkpoints(engine, store, 1).resume() is None
+    assert checkpoints(engine, store, 1).resume() == (Position(0, 0), Resumed(0, ResumeSource.START))
     assert weights_digest(engine) == before
     assert (head(store).sequence, head(store).generation, head(store).kept) == (1, 1, ())
 
@@ -100,13 +52,13 @@ def test_a_commit_is_reported_as_it_stands_in_the_store(engine, store):
 
 
 def test_the_newest_commit_is_resumed_with_its_position(engine, two_saved):
-    assert checkpoints(engine, two_saved, 2).resume() == position(20)
+    assert checkpoints(engine, two_saved, 2).resume()[0] == position(20)
     assert marks(engine) == {20.0}
 
 
 def test_resuming_twice_is_the_same(engine, two_saved):
     for generation in (2, 3):
-        assert checkpoints(engine, two_saved, generation).resume() == position(20)
+        assert checkpoints(engine, two_saved, generation).resume()[0] == position(20)
     assert head(two_saved).generation == 3
     assert len(head(two_saved).kept) == 2
 
@@ -125,7 +77,7 @@ def test_one_step_may_be_saved_twice(engine, two_saved):
     saver.resume()
     save(engine, saver, 20)
     assert [kept.step for kept in head(two_saved).kept] == [20, 20]
-    assert checkpoints(engine, two_saved, 3).resume() == position(20)
+    assert checkpoints(engine, two_saved, 3).resume()[0] == position(20)
 
 
 @pytest.mark.parametrize("generation", [1, 2], ids=["the same generation", "a lower generation"])
@@ -142,11 +94,11 @@ def test_a_fenced_incarnation_cannot_commit_and_deletes_nothing(engine, store):
     old.resume()
     save(engine, old, 10)
     new = checkpoints(engine, store, 2)
-    assert new.resume() == position(10)
+    assert new.resume()[0] == position(10)
     with pytest.raises(Stale):
         save(engine, old, 20)
     assert [kept.step for kept in head(store).kept] == [10]
-    assert checkpoints(engine, store, 3).resume() == position(10)
+    assert checkpoints(engine, store, 3).resume()[0] == position(10)
 
 
 def flip(body):
@@ -170,7 +122,7 @@ def test_damage_falls_back_to_the_checkpoint_before_and_says_so(engine, two_save
     if body is not None:
         two_saved.objects[uri] = body
     with caplog.at_level(logging.WARNING):
-        assert checkpoints(engine, two_saved, 2).resume() == position(10)
+        assert checkpoints(engine, two_saved, 2).resume()[0] == position(10)
     assert marks(engine) == {10.0}
     assert f"Checkpoint of step 20 cannot be loaded: {uri}" in caplog.text
     assert "Fell back to the checkpoint of step 10" in caplog.text
@@ -185,7 +137,7 @@ def test_what_was_fallen_back_from_goes_after_the_next_commit(engine, two_saved)
     assert len(objects(two_saved, "/step-20/")) == 2
     save(engine, saver, 11)
     assert objects(two_saved, "/step-20/") == []
-    assert checkpoints(engine, two_saved, 3).resume() == position(11)
+    assert checkpoints(engine, two_saved, 3).resume()[0] == position(11)
 
 
 def test_nothing_loadable_is_an_error_and_never_a_fresh_start(engine, two_saved):
@@ -218,7 +170,7 @@ def test_a_read_that_broke_on_its_way_is_repeated_and_not_damage(engine, two_sav
 
     seen = []
     monkeypatch.setattr(two_saved, "get", get)
-    assert checkpoints(engine, two_saved, 2).resume() == position(20)
+    assert checkpoints(engine, two_saved, 2).resume()[0] == position(20)
 
 
 @pytest.mark.parametrize("error", [NoPermission, StorageUnavailable])
@@ -283,7 +235,7 @@ def test_an_unclear_answer_is_settled_by_reading(engine, two_saved, suffix, erro
     assert fault.raised
     assert [kept.step for kept in head(two_saved).kept] == [30, 20]
     assert head(two_saved).sequence == 5, "no swap happened twice"
-    assert checkpoints(engine, two_saved, 3).resume() == position(30)
+    assert checkpoints(engine, two_saved, 3).resume()[0] == position(30)
 
 
 def test_a_save_that_fails_loses_nothing_and_the_next_one_commits(engine, two_saved):
@@ -316,7 +268,7 @@ def test_a_delete_that_fails_never_stops_training(engine, two_saved, error, capl
     save(engine, saver, 30)
     assert "its objects stay" in caplog.text
     two_saved.heal()
-    assert checkpoints(engine, two_saved, 3).resume() == position(30)
+    assert checkpoints(engine, two_saved, 3).resume()[0] == position(30)
 
 
 def test_orphans_of_lower_generations_go_with_the_first_commit_and_not_before(engine, two_saved):
@@ -352,7 +304,7 @@ def test_a_rank_that_dies_at_any_write_leaves_a_checkpoint_that_loads(engine):
         store.heal()
         mark(engine, -1)
         resumed = checkpoints(engine, store, 3, keep=1)
-        found = resumed.resume()
+        found, _ = resumed.resume()
         assert found in {position(step) for step in (10, 20, 30)}
         assert found.step >= committed[-1], "what was reported is still there"
         assert marks(engine) == {float(found.step)}
@@ -374,19 +326,6 @@ def test_masters_that_are_ahead_of_their_counters_are_not_saved(engine, two_save
         engine.global_steps += 1
 
 
-def test_a_full_disk_fails_the_save_alone(engine, two_saved, monkeypatch):
-    def full(self, mode):
-        raise OSError(28, "No space left on device")
-
-    saver = checkpoints(engine, two_saved, 2)
-    saver.resume()
-    with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.open", full)
-        with pytest.raises(StorageUnavailable, match="no room left"):
-            saver.save(position(30))
-    save(engine, saver, 31)
-
-
 def test_the_view_of_the_state_is_exact(engine, two_saved):
     """Not one value for all, as above, but as training leaves it: what is restored is what was saved, to the bit."""
     saver = checkpoints(engine, two_saved, 2)
@@ -400,3 +339,101 @@ def test_the_view_of_the_state_is_exact(engine, two_saved):
     checkpoints(engine, two_saved, 3).resume()
     restored = [view for part in state.held(engine) for view in part.views]
     assert all(torch.equal(one, other) for one, other in zip(saved, restored, strict=True))
+
+
+def test_a_save_goes_on_beside_training_and_is_told_when_it_ends(engine, store):
+    saver = checkpoints(engine, store, 1)
+    saver.resume()
+    mark(engine, 10)
+    released = threading.Event()
+    store.before = lambda method, uri: released.wait(60) if uri.endswith("manifest.json") else None
+    saver.begin_save(position(10))
+    mark(engine, 11)
+    assert (saver.ended(), saver.has_room(), head(store).kept) == ([], True, ())
+    saver.begin_save(position(11))
+    assert not saver.has_room(), "two buffers, both on their way"
+    mark(engine, -1)
+    released.set()
+    assert [(outcome.step, outcome.checkpoint.step) for outcome in saver.wait()] == [(10, 10), (11, 11)]
+    assert saver.has_room()
+    assert [kept.step for kept in head(store).kept] == [11, 10]
+    assert checkpoints(engine, store, 2).resume()[0] == position(11)
+    assert marks(engine) == {11.0}
+
+
+def test_a_save_that_fails_beside_training_is_told_and_the_one_behind_it_commits(engine, two_saved):
+    saver = checkpoints(engine, two_saved, 2)
+    saver.resume()
+    two_saved.before = Once("rank-00000.safetensors", StorageUnavailable("away"))
+    saver.begin_save(position(30))
+    saver.begin_save(position(31))
+    failed, committed = saver.wait()
+    assert (failed.step, str(failed.error), failed.checkpoint) == (30, "away", None)
+    assert (committed.step, committed.error) == (31, None)
+    assert [kept.step for kept in head(two_saved).kept] == [31, 20]
+
+
+def test_the_best_by_the_evaluation_stays_beside_the_newest(engine, store):
+    saver = checkpoints(engine, store, 1, keep=1, best="highest")
+    saver.resume()
+    for step, metric in ((10, 0.5), (20, 0.9), (30, 0.7), (40, 0.8)):
+        save(engine, saver, step)
+        saver.grade(step, metric)
+    saver.save(position(50))
+    assert [(kept.step, kept.metric) for kept in head(store).kept] == [(50, None), (20, 0.9)]
+    assert {uri.split("/")[-3] for uri in objects(store, "/checkpoints/")} == {"step-50", "step-20"}
+
+
+def test_a_rollback_starts_the_next_generation_before_it_and_skips_the_range(engine, two_saved, tmp_path):
+    saver = checkpoints(engine, two_saved, 2, pod=tmp_path)
+    saver.resume()
+    save(engine, saver, 30)
+    two_saved.before = Once("rank-00000.safetensors", StorageUnavailable("away"))
+    saver.begin_save(position(35))
+    assert saver.roll_back((280, 288)) == 1
+    found, resumed = checkpoints(engine, two_saved, 3, pod=tmp_path).resume()
+    assert found == replace(position(30), skipped_ranges=((3, 5), (280, 288)))
+    assert marks(engine) == {30.0}, "what was staged after the newest commit is void"
+    assert (resumed.source, resumed.rollbacks, resumed.skipped_samples) == (ResumeSource.STORAGE, 1, 10)
+    again = checkpoints(engine, two_saved, 4)
+    assert again.resume()[1].rollbacks == again.rollbacks == 1, "a crash right after it loses neither count nor range"
+
+
+def test_another_job_is_continued_without_writing_there(engine, two_saved):
+    theirs = dict(two_saved.objects)
+    other = FaultyStore()
+    other.objects.update({uri.replace("/team/job", "/team/other"): body for uri, body in theirs.items()})
+    before = dict(other.objects)
+    saver = checkpoints(engine, other, 1, digest="another recipe", resume_from="s3://bucket/team/other@10")
+    assert saver.resume() == (position(10), Resumed(10, ResumeSource.OTHER_JOB, skipped_samples=2))
+    assert marks(engine) == {10.0}
+    save(engine, saver, 11)
+    assert {uri: body for uri, body in other.objects.items() if "/other/" in uri} == before
+    again = checkpoints(engine, other, 2, digest="another recipe", resume_from="s3://bucket/team/other@10")
+    assert again.resume()[1].source == ResumeSource.STORAGE, "its own checkpoints come first"
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (
+            "s3://bucket/team/job@15",
+            "there is no checkpoint of step 15 below s3://bucket/team/job; steps there: 20, 10",
+        ),
+        ("s3://bucket/team/nobody", "s3://bucket/team/nobody/HEAD does not exist"),
+    ],
+    ids=["a step that was never kept", "no job"],
+)
+def test_a_source_that_is_not_there_is_refused(engine, two_saved, source, says):
+    mine = Checkpoints(
+        engine=engine,
+        store=two_saved,
+        prefix="s3://bucket/team/mine",
+        generation=1,
+        retention=Retention(2),
+        recipe_digest="mine",
+        staging=[Path(tempfile.mkdtemp())],
+        resume_from=source,
+    )
+    with pytest.raises(BadConfig, match=says):
+        mine.resume()

@@ -10,13 +10,31 @@ from functools import partial
 
 import pytest
 
-from finetune_trainer.checkpoint.head import Add, Drop, Fence, Head, Kept, Overtaken, Seen, Settled, Swap, Write
+from finetune_trainer.checkpoint.head import (
+    Add,
+    Drop,
+    Fence,
+    Grade,
+    Head,
+    Kept,
+    Overtaken,
+    Retention,
+    RollBack,
+    Seen,
+    Settled,
+    Swap,
+    Write,
+)
 
 START = Head(7, 0, "start", tuple(Kept(step, f"g0/{step}/manifest", "", 0, "") for step in (20, 10)))
 
 
 def kept(generation: int, step: int) -> Kept:
     return Kept(step, f"g{generation}/{step}/manifest", "", 0, "")
+
+
+def manifests(listed) -> frozenset[str]:
+    return frozenset(kept.manifest for kept in listed)
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,7 @@ def steps(world: World, writer: Writer):
         if (
             writer.unresolved
         ):  # it may give up: a save, and go on to the next one; or the resume, and with it everything
-            is_save = isinstance(writer.changes[0], Add)
+            is_save = isinstance(writer.changes[0], Add | Grade)
             rest = writer.changes[1:] if is_save else ()
             yield world, replace(writer, swap=None, changes=rest, unresolved=False, ended="" if is_save else "gave up")
         return
@@ -117,20 +135,21 @@ def arrive(world: World, write: Write) -> World:
     if world.head is not None:
         assert write.head.sequence == world.head.sequence + 1, "the sequence rises by one"
         assert write.head.generation >= world.head.generation, "a lower generation wrote over a higher one"
-    assert not world.deleted.intersection(write.head.kept), "HEAD lists what was deleted"
-    return replace(world, head=write.head, ever_listed=world.ever_listed | set(write.head.kept))
+    assert not world.deleted & manifests(write.head.kept), "HEAD lists what was deleted"
+    return replace(world, head=write.head, ever_listed=world.ever_listed | manifests(write.head.kept))
 
 
 def settle(world: World, writer: Writer, head: Head):
     change, *rest = writer.changes
     deleted = set()
+    if isinstance(change, Add | Grade):
+        deleted = manifests(writer.head.kept) - manifests(head.kept)
     if isinstance(change, Add):
-        assert change.new in world.ever_listed, "a commit was reported that never happened"
-        deleted = set(writer.head.kept) - set(head.kept)
+        assert change.new.manifest in world.ever_listed, "a commit was reported that never happened"
         if not writer.committed:  # orphans of lower generations, all of which tried to commit steps 30 and 40
-            lower = {kept(g, step) for g in range(1, writer.generation) for step in (30, 40)}
-            deleted |= lower - set(head.kept)
-    assert not deleted.intersection(world.head.kept), "what HEAD lists was deleted"
+            lower = {kept(g, step).manifest for g in range(1, writer.generation) for step in (30, 40)}
+            deleted |= lower - manifests(head.kept)
+    assert not deleted & manifests(world.head.kept), "what HEAD lists was deleted"
     writer = replace(
         writer,
         changes=tuple(rest),
@@ -156,8 +175,16 @@ def search(start: World) -> Search:
     return found
 
 
-def writer(generation: int, *, keep: int, losses: int, name: str = "", extra: tuple = ()) -> Writer:
-    changes = (Fence(), *extra, Add(kept(generation, 30), keep), Add(kept(generation, 40), keep))
+def writer(
+    generation: int, *, keep: int, losses: int, name: str = "", extra: tuple = (), between: tuple = ()
+) -> Writer:
+    changes = (
+        Fence(),
+        *extra,
+        Add(kept(generation, 30), Retention(keep)),
+        *between,
+        Add(kept(generation, 40), Retention(keep)),
+    )
     return Writer(generation, name or f"g{generation}", changes, losses)
 
 
@@ -183,6 +210,23 @@ def test_dropping_what_cannot_be_loaded_is_as_safe():
     start = World(START, (writer(1, keep=2, losses=1), writer(2, keep=2, losses=1, extra=(Drop(lost),))))
     found = search(start)
     assert all(start.head.kept[0] not in end.head.kept for end in found.ends if end.writers[1].committed)
+
+
+def test_keeping_the_best_is_as_safe():
+    between = (Grade(30, 0.9, Retention(1, "highest")),)
+    start = World(START, tuple(writer(g, keep=1, losses=1, between=between) for g in (1, 2)))
+    found = search(start)
+    assert any([k.step for k in end.head.kept] == [40] for end in found.ends)
+    assert any(kept.metric == 0.9 for state in found.states for kept in state.head.kept)
+
+
+def test_a_rollback_happens_once_or_not_at_all_and_survives_what_comes_after():
+    """The lower generation rolls back, dies or is replaced; the count and the range are in HEAD or the swap never happened."""
+    rolling = Writer(1, "g1", (Fence(), RollBack((8, 16))), 2)
+    found = search(World(START, (rolling, writer(2, keep=2, losses=0))))
+    counts = {(end.head.rollbacks, end.head.lineage, end.head.skipped_ranges) for end in found.ends}
+    assert counts == {(0, 0, ()), (1, 1, ((8, 16),))}
+    assert all(end.head.rollbacks == 1 for end in found.ends if not (end.writers[0].changes or end.writers[0].ended))
 
 
 @pytest.mark.parametrize("head", [None, START], ids=["on a new prefix", "on a prefix with checkpoints"])

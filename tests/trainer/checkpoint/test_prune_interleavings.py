@@ -9,9 +9,18 @@ from dataclasses import dataclass, replace
 import pytest
 
 from finetune_trainer.checkpoint import pruning
-from finetune_trainer.checkpoint.head import Drop, Head, Write
+from finetune_trainer.checkpoint.head import Drop, Grade, Head, Retention, Write
 from finetune_trainer.checkpoint.pruning import NoneWouldStay, take_off
-from tests.trainer.checkpoint.test_head_interleavings import START, World, arrive, etag_of, kept, search, writer
+from tests.trainer.checkpoint.test_head_interleavings import (
+    START,
+    World,
+    arrive,
+    etag_of,
+    kept,
+    manifests,
+    search,
+    writer,
+)
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,11 @@ class Pruner:
 
     def delete(self, world: World):
         head = world.head
-        lower = {kept(g, step) for g in range(1, head.generation) for step in (30, 40)}
-        passed = {kept(head.generation, 30)} if kept(head.generation, 40) in head.kept else set()
-        gone = set(self.doomed) | ((lower | passed) - set(head.kept))
-        assert not gone.intersection(head.kept), "what HEAD lists was deleted"
+        listed = manifests(head.kept)
+        lower = manifests(kept(g, step) for g in range(1, head.generation) for step in (30, 40))
+        passed = manifests([kept(head.generation, 30)] if kept(head.generation, 40).manifest in listed else [])
+        gone = manifests(self.doomed) | ((lower | passed) - listed)
+        assert not gone & listed, "what HEAD lists was deleted"
         return replace(world, deleted=world.deleted | gone), replace(self, ended="pruned")
 
 
@@ -87,6 +97,13 @@ def test_a_prune_between_two_generations_changes_nothing_between_them():
         assert end.writers[1].ended != "stale", "the highest generation is never stale"
         assert end.head.generation == 2 or not end.writers[1].committed
     assert any(end.head.kept[:1] == (kept(2, 40),) for end in found.ends)
+
+
+def test_a_job_that_grades_its_checkpoints_meanwhile_loses_none_that_is_listed():
+    between = (Grade(10, 0.9, Retention(2, "highest")),)
+    found = search(World(START, (writer(1, keep=2, losses=1, between=between), Pruner(1, 1))))
+    assert {end.writers[1].ended for end in found.ends} == {"pruned"}
+    assert any(kept.metric for state in found.states for kept in state.head.kept)
 
 
 def test_two_prunes_at_once_are_as_safe():

@@ -105,9 +105,14 @@ def resumed(launches: Launches, saved: list[dict]) -> list[dict]:
     uri = saved[0]["falls back"]["uri"] + "/rank-00001.safetensors"
     body = launches.get(uri)
     launches.put(uri, body[:-1] + bytes([body[-1] ^ 1]))
-    done = launches.run(2, "resume", "reshape")
+    done = launches.run(2, "recall", "resume", "reshape")
     assert done.returncode == 0, done.stdout + done.stderr
     return launches.seen("resume", 2)
+
+
+@pytest.fixture(scope="module")
+def recalled(launches: Launches, resumed: list[dict]) -> list[dict]:
+    return launches.seen("recall", 2)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +127,11 @@ def test_saving_does_not_disturb_training(saved, name):
     assert all(rank[name]["undisturbed"] for rank in saved)
 
 
+@pytest.mark.parametrize("source", ["Memory", "Storage"])
 @pytest.mark.parametrize("name", CASES)
-def test_new_processes_train_on_bit_for_bit(saved, resumed, name):
-    for before, after in zip(saved, resumed, strict=True):
+def test_new_processes_train_on_bit_for_bit(saved, resumed, recalled, name, source):
+    for before, after in zip(saved, recalled if source == "Memory" else resumed, strict=True):
+        assert after[name]["source"] == source
         assert after[name]["position"] == POSITION
         assert after[name]["losses"] == before[name]["losses"][-len(after[name]["losses"]) :]
         assert len(after[name]["losses"]) * 2 == len(before[name]["losses"])

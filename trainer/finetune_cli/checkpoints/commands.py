@@ -11,7 +11,7 @@ from finetune_cli.checkpoints.export import Wish
 from finetune_cli.checkpoints.export import export as export_checkpoint
 from finetune_cli.checkpoints.kept import choose, read_head
 from finetune_cli.checkpoints.listing import list_checkpoints, listing_to_json, show_listing
-from finetune_cli.checkpoints.pruning import Pruning, carry_out, plan_pruning, pruning_to_json, show_pruning
+from finetune_cli.checkpoints.pruning import Best, Pruning, carry_out, plan_pruning, pruning_to_json, show_pruning
 from finetune_cli.checkpoints.target import Target, parse_target
 from finetune_cli.checkpoints.verification import show_verdicts, verdicts_to_json, verify_all
 from finetune_cli.errors import EXIT_CODES, CannotTell, Damaged
@@ -115,6 +115,9 @@ def prune(
     prefix: Prefix,
     *,
     keep: Annotated[int, typer.Option(min=1, metavar="N", help="How many checkpoints stay.")],
+    keep_best: Annotated[
+        Best | None, typer.Option(help="The best by its evaluation stays too; to be said where the job keeps its best.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, and leave it.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     endpoint: Endpoint = None,
@@ -122,7 +125,7 @@ def prune(
 ) -> None:
     """Prune checkpoints."""
     store = _store(endpoint)
-    pruning = plan_pruning(store, _prefix(prefix), keep)
+    pruning = plan_pruning(store, _prefix(prefix), keep, keep_best)
     done = not dry_run
     if done and (pruning.doomed or pruning.remains):
         if not yes:

@@ -12,7 +12,7 @@ from finetune_trainer.checkpoint.head import Head, Kept
 from finetune_trainer.checkpoint.manifest import Manifest
 from finetune_trainer.object_store import ObjectStore
 
-COLUMNS = ("STEP", "COMMITTED", "SIZE", "RANKS", "ZERO", "GENERATION", "")
+COLUMNS = ("STEP", "COMMITTED", "SIZE", "RANKS", "ZERO", "GENERATION", "METRIC", "")
 REMAINS = ("STEP", "GENERATION", "OBJECTS", "SIZE", "")
 
 
@@ -71,8 +71,9 @@ def _columns(row: Row, *, newest: bool) -> tuple[str, ...]:
     known = ("?", "?", "?")
     if manifest is not None:
         known = (str(manifest.world_size), str(manifest.zero_stage), str(manifest.generation))
+    metric = "" if kept.metric is None else f"{kept.metric:.6g}"
     notes = [*(["newest"] if newest else []), *([row.problem] if row.problem else [])]
-    return (str(kept.step), kept.commit_time, size(kept.size_bytes), *known, "; ".join(notes))
+    return (str(kept.step), kept.commit_time, size(kept.size_bytes), *known, metric, "; ".join(notes))
 
 
 def _remains(attempt: Attempt, head: Head | None) -> tuple[str, ...]:
@@ -113,6 +114,7 @@ def _row_to_json(row: Row) -> dict[str, Any]:
         "commitTime": kept.commit_time,
         "sizeBytes": kept.size_bytes,
         "manifest": kept.manifest,
+        "metric": kept.metric,
         "worldSize": None if manifest is None else manifest.world_size,
         "zeroStage": None if manifest is None else manifest.zero_stage,
         "generation": None if manifest is None else manifest.generation,

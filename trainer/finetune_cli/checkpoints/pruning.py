@@ -9,17 +9,26 @@ What stays is looked at before anything else is taken away: if the newest is tor
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from finetune_cli.checkpoints.attempts import Attempt, is_dead, uncommitted
 from finetune_cli.checkpoints.kept import read_head, read_manifest
 from finetune_cli.checkpoints.verification import size_faults
-from finetune_cli.errors import Damaged
+from finetune_cli.errors import CannotTell, Damaged
 from finetune_cli.output import say, size
 from finetune_trainer.checkpoint.commit import CHECKPOINTS_KEY
-from finetune_trainer.checkpoint.head import Kept
+from finetune_trainer.checkpoint.head import Kept, Retention
 from finetune_trainer.checkpoint.pruning import NoneWouldStay, prune
 from finetune_trainer.object_store import ObjectStore
+
+
+class Best(StrEnum):
+    """Whether the best checkpoint by the metric of its evaluation stays too."""
+
+    HIGHEST = "highest"
+    LOWEST = "lowest"
+    NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +46,41 @@ class Pruning:
         return sum(kept.size_bytes for kept in self.doomed) + sum(attempt.size_bytes for attempt in self.remains)
 
 
-def plan_pruning(store: ObjectStore, prefix: str, keep: int) -> Pruning:
-    """Return what would go if the newest ``keep`` stayed.
+def plan_pruning(store: ObjectStore, prefix: str, keep: int, best: Best | None = None) -> Pruning:
+    """Return what would go if the newest ``keep`` stayed, and the best.
 
     Raises:
         Damaged: ``HEAD`` cannot be read, or what would stay is torn.
+        CannotTell: ``best`` is not given, and there is one to lose.
     """
     head = read_head(store, prefix)
-    staying, doomed = head.kept[:keep], head.kept[keep:]
+    staying = _retention(keep, best).retained(head.kept)
+    doomed = tuple(kept for kept in head.kept if kept not in staying)
+    if best is None:
+        _require_ungraded(doomed)
     if doomed:
         _require_present(store, prefix, staying)
     attempts = uncommitted(store.list(f"{prefix}/{CHECKPOINTS_KEY}"), prefix, head)
     return Pruning(prefix, doomed, staying, tuple(attempt for attempt in attempts if is_dead(attempt, head)))
+
+
+def _retention(keep: int, best: Best | None) -> Retention:
+    match best:
+        case Best.HIGHEST:
+            return Retention(keep, "highest")
+        case Best.LOWEST:
+            return Retention(keep, "lowest")
+    return Retention(keep)
+
+
+def _require_ungraded(doomed: Iterable[Kept]) -> None:
+    """Refuse to guess: ``HEAD`` has the metrics of a job that keeps its best, but not which end of them is good."""
+    graded = ", ".join(f"{kept.step} ({kept.metric:.6g})" for kept in doomed if kept.metric is not None)
+    if graded:
+        raise CannotTell(
+            f"these would go, and were evaluated because the job keeps its best: step {graded}; "
+            "say --keep-best highest, lowest or none"
+        )
 
 
 def carry_out(store: ObjectStore, pruning: Pruning) -> None:

@@ -1,39 +1,38 @@
-"""Saving and resuming, all ranks together.
+"""The checkpoints of one generation: resume first, then save beside training.
 
-A save has three parts, kept apart so that the last two can run beside training one day: *stage* (a rank writes what
-it owns to a file, hashing as it goes), *upload* (to a folder that no other attempt has), *commit* (rank 0 creates the
-manifest, then swaps ``HEAD``). A crash anywhere before the swap leaves the older ``HEAD``, and everything it lists,
-untouched.
+A resume first fences ``HEAD`` and only then looks for a state to take up, so that no older incarnation can commit behind its back:
 
-A resume first fences ``HEAD`` and only then looks at what it lists, so that no older incarnation can commit behind
-its back. It goes down the list from the newest to the first checkpoint that every rank can read in whole, and says so
-where that is not the first. "Forbidden" and "unreachable" end it with an error, since they say nothing about what is
-there; a list of which nothing can be read ends it too. Only a prefix without ``HEAD``, or an empty list in it, is a
-fresh start.
+1. the newest save that the workers before it left whole in the memory of *all* pods (see staging), unless ``HEAD`` lists a newer one;
+   if it was not committed yet, it is now, beside training;
+2. the newest checkpoint that ``HEAD`` lists and every rank can read in whole (see restore);
+3. another job's checkpoint, where the job continues one;
+4. nothing: only a prefix without ``HEAD``, or an empty list in it, is a fresh start.
+
+Whatever lies in memory and was not taken up is forgotten then, so that no later generation mixes it with what is trained from here on.
 """
 
-import logging
-import tempfile
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune_api.protocol import Checkpoint
+from finetune_api.protocol import Checkpoint, Resumed, ResumeSource
 from finetune_trainer.checkpoint import deepspeed_state as state
-from finetune_trainer.checkpoint import manifest as manifests
-from finetune_trainer.checkpoint.commit import CHECKPOINTS_KEY, HeadWriter, create, new_nonce
+from finetune_trainer.checkpoint.commit import HeadWriter
 from finetune_trainer.checkpoint.conditional_writes import require_conditional_writes
-from finetune_trainer.checkpoint.fetch import Broken, fill
-from finetune_trainer.checkpoint.head import Head, Kept, Unreadable
-from finetune_trainer.checkpoint.manifest import MANIFEST_NAME, Json, Manifest, Position, Shard
+from finetune_trainer.checkpoint.fetch import Broken
+from finetune_trainer.checkpoint.head import Head, Retention
+from finetune_trainer.checkpoint.manifest import Position, Shard
+from finetune_trainer.checkpoint.memory import restore_from_memory
 from finetune_trainer.checkpoint.ranks import Ranks
-from finetune_trainer.checkpoint.retention import delete_checkpoints, delete_orphans
-from finetune_trainer.checkpoint.shard import write_shard
-from finetune_trainer.errors import BadConfig, BadData, TrainingError
-from finetune_trainer.object_store import ObjectMissing, ObjectStore
-
-log = logging.getLogger(__name__)
+from finetune_trainer.checkpoint.restore import Restored, Restorer
+from finetune_trainer.checkpoint.retention import abort_uploads
+from finetune_trainer.checkpoint.saving import Outcome, Saver
+from finetune_trainer.checkpoint.shard import Layout, lay_out
+from finetune_trainer.checkpoint.staging import SaveId, Seal, Staging
+from finetune_trainer.errors import TrainingError
+from finetune_trainer.object_store import ObjectStore
 
 
 class Checkpoints:
@@ -44,28 +43,42 @@ class Checkpoints:
         store: where checkpoints go.
         prefix: ``s3://bucket/path`` of this job alone.
         generation: this incarnation's number; lower ones can no longer commit once :meth:`resume` has fenced them.
-        keep: how many committed checkpoints to keep.
+        retention: which committed checkpoints to keep.
         recipe_digest: what identifies the recipe; a checkpoint of another one is refused.
+        staging: folders for the buffers, the first with room is used.
+        resume_from: another job's ``s3://bucket/path``, ``@step`` behind it for a certain one.
+        upload_bytes_per_second: a bound on what one rank uploads.
     """
 
     def __init__(
-        self, *, engine: Any, store: ObjectStore, prefix: str, generation: int, keep: int, recipe_digest: str
+        self,
+        *,
+        engine: Any,
+        store: ObjectStore,
+        prefix: str,
+        generation: int,
+        retention: Retention,
+        recipe_digest: str,
+        staging: Sequence[Path],
+        resume_from: str | None = None,
+        upload_bytes_per_second: int | None = None,
     ) -> None:
-        assert keep >= 1, keep
         self._engine = engine
         self._store = store
         self._prefix = prefix.rstrip("/")
-        self._generation = generation
-        self._keep = keep
         self._recipe_digest = recipe_digest
+        self._staging_folders = staging
+        self._resume_from = resume_from
+        self._upload_bytes_per_second = upload_bytes_per_second
+        self._generation = generation
         self._ranks = Ranks(TrainingError, Broken)
-        self._head_writer = HeadWriter(store=store, prefix=self._prefix, generation=generation)
-        self._head: Head | None = None
+        self._head_writer = HeadWriter(store=store, prefix=self._prefix, generation=generation, retention=retention)
+        self._head = Head(0, generation, "")
         self._steps_ahead = 0
-        self._orphans_deleted = False
+        self._saver: Saver | None = None
 
-    def resume(self) -> Position | None:
-        """Fence ``HEAD`` and restore the newest checkpoint that can be read; None is a fresh start.
+    def resume(self) -> tuple[Position, Resumed]:
+        """Fence ``HEAD``, restore the newest state there is, and tell which and where from.
 
         Raises:
             Stale: this or a higher generation has been here before.
@@ -73,123 +86,148 @@ class Checkpoints:
             BadData: there are checkpoints, but none of them can be read.
             NoPermission, StorageUnavailable: what there is cannot be told.
         """
-        self._head = self._ranks.first(self._fence)
-        position = self._restore_newest(self._head) if self._head.kept else None
+        head = self._ranks.first(self._fence)
+        parameters = state.trainable_parameters(self._engine)
+        layout = lay_out(state.owned(self._engine), {parameter.name: i for i, parameter in enumerate(parameters)})
+        staging = self._open_staging(layout)
+        in_memory = restore_from_memory(
+            self._engine,
+            staging,
+            layout,
+            head,
+            prefix=self._prefix,
+            recipe_digest=self._recipe_digest,
+            ranks=self._ranks,
+        )
+        staging.forget_all_but(in_memory[0] if in_memory else None)
+        if in_memory:
+            position = in_memory[1].position
+            resumed = _resumed(position, ResumeSource.MEMORY, head)
+        else:
+            head, position, resumed = self._from_storage(head)
+        self._head = head
         self._steps_ahead = state.steps_ahead(self._engine)
-        return position
+        self._saver = Saver(
+            engine=self._engine,
+            store=self._store,
+            prefix=self._prefix,
+            head=head,
+            head_writer=self._head_writer,
+            staging=staging,
+            layout=layout,
+            parameters=parameters,
+            bytes_per_second=self._upload_bytes_per_second,
+        )
+        if in_memory and not any(kept.step == position.step for kept in head.kept):
+            self._saver.adopt(*in_memory)
+        return position, resumed
 
     def save(self, position: Position) -> Checkpoint:
-        """Save the engine's state as it is now, between two optimizer steps, and return the committed checkpoint.
+        """Save the engine's state as it is now, wait for it and return the committed checkpoint.
 
         Raises:
-            Stale: a higher generation has taken over.
-            NoPermission, StorageUnavailable: it is not committed, nothing older is lost, and training may go on.
+            TrainingError: this save, or one that was under way, failed.
         """
-        assert self._head is not None, "save before resume"
-        nonce = self._ranks.first(new_nonce)
-        folder = f"{CHECKPOINTS_KEY}step-{position.step}/g{self._generation}-{nonce}/"
-        shards = self._ranks.each(partial(self._stage_and_upload, position, folder))
-        kept, self._head = self._ranks.first(partial(self._commit, position, folder, shards))
-        uri = f"{self._prefix}/{folder.rstrip('/')}"
-        return Checkpoint(step=kept.step, uri=uri, size_bytes=kept.size_bytes, commit_time=kept.commit_time)
+        self.wait()
+        self.begin_save(position)
+        ended = self.wait()[-1]
+        if ended.error is not None:
+            raise ended.error
+        assert ended.checkpoint is not None
+        return ended.checkpoint
+
+    def has_room(self) -> bool:
+        """Tell whether this rank could begin a save now. Local."""
+        return self._running.has_room()
+
+    def begin_save(self, position: Position) -> float:
+        """Copy the engine's state as it is now, between two optimizer steps, and save it beside training.
+
+        All ranks must have room. Returns the seconds that training stood still.
+        """
+        ahead = state.steps_ahead(self._engine)
+        assert ahead == self._steps_ahead, f"masters are {ahead - self._steps_ahead} steps ahead"
+        return self._running.begin(
+            Seal(
+                prefix=self._prefix,
+                save=SaveId(self._head.lineage, position.step, self._generation),
+                rank=self._ranks.rank,
+                world_size=self._ranks.size,
+                zero_stage=state.zero_stage(self._engine),
+                recipe_digest=self._recipe_digest,
+                position=position,
+                scalars=state.scalars(self._engine),
+                shard=Shard("", 0, (), ()),
+            )
+        )
+
+    def ended(self) -> list[Outcome]:
+        """Return the saves that ended since this was asked last. Local."""
+        return self._running.outcomes()
+
+    def wait(self, alive: Callable[[], None] = lambda: None) -> list[Outcome]:
+        """Wait for the saves under way, call ``alive`` about once a second, and return what :meth:`ended` does."""
+        return self._running.wait(alive)
+
+    def grade(self, step: int, metric: float) -> None:
+        """Note what the evaluation of a step gave, by which the best is kept."""
+        self._running.grade(step, metric)
+
+    def roll_back(self, skipped: tuple[int, int]) -> int:
+        """Void everything later than the newest commit, leave out a range of samples, and return how often that was done.
+
+        The engine's state is of no use any more: the next generation resumes.
+        """
+        self.wait()
+        return self._ranks.first(partial(self._head_writer.roll_back, skipped)).rollbacks
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the job was rolled back before this generation."""
+        return self._head.rollbacks
+
+    @property
+    def _running(self) -> Saver:
+        assert self._saver is not None, "save before resume"
+        return self._saver
 
     def _fence(self) -> Head:
         require_conditional_writes(self._store, self._prefix)
-        return self._head_writer.fence()
+        head = self._head_writer.fence()
+        abort_uploads(self._store, self._prefix)
+        return head
 
-    def _stage_and_upload(self, position: Position, folder: str) -> tuple[Position, Json]:
-        """Return the position, for rank 0 to compare, and the description of what this rank uploaded."""
-        ahead = state.steps_ahead(self._engine)
-        assert ahead == self._steps_ahead, f"masters are {ahead - self._steps_ahead} steps ahead"
-        index = {parameter.name: i for i, parameter in enumerate(state.trainable_parameters(self._engine))}
-        with tempfile.TemporaryDirectory(prefix="checkpoint-") as staging:
-            path = Path(staging) / f"rank-{self._ranks.rank:05}.safetensors"
-            shard = write_shard(path, state.owned(self._engine), index)
-            self._store.upload_file(path, f"{self._prefix}/{folder}{shard.name}")
-        return position, manifests.shard_to_json(shard)
-
-    def _commit(self, position: Position, folder: str, parts: list[tuple[Position, Json]]) -> tuple[Kept, Head]:
-        assert all(other == position for other, _ in parts), f"ranks disagree about the position: {parts}"
-        manifest = self._manifest(position, tuple(manifests.shard_from_json(shard) for _, shard in parts))
-        body = manifests.encode(manifest)
-        create(self._store, f"{self._prefix}/{folder}{MANIFEST_NAME}", body)
-        kept = Kept(
-            step=position.step,
-            manifest=folder + MANIFEST_NAME,
-            sha256=manifests.digest(body),
-            size_bytes=manifest.size_bytes + len(body),
-            commit_time=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        )
-        head = self._head_writer.commit(kept, keep=self._keep)
-        self._delete_unlisted(head)
-        return kept, head
-
-    def _manifest(self, position: Position, shards: tuple[Shard, ...]) -> Manifest:
-        return Manifest(
-            position=position,
-            generation=self._generation,
-            world_size=self._ranks.size,
-            zero_stage=state.zero_stage(self._engine),
-            recipe_digest=self._recipe_digest,
-            parameters=state.trainable_parameters(self._engine),
-            scalars=state.scalars(self._engine),
-            shards=shards,
+    def _open_staging(self, layout: Layout) -> Staging:
+        return self._ranks.each_keeps(
+            lambda: Staging(self._staging_folders, rank=self._ranks.rank, size_bytes=layout.size_bytes)
         )
 
-    def _delete_unlisted(self, head: Head) -> None:
-        assert self._head is not None
-        delete_checkpoints(self._store, self._prefix, (kept for kept in self._head.kept if kept not in head.kept))
-        if not self._orphans_deleted:
-            delete_orphans(self._store, self._prefix, head)
-            self._orphans_deleted = True
+    def _from_storage(self, head: Head) -> tuple[Head, Position, Resumed]:
+        restorer = Restorer(engine=self._engine, store=self._store, ranks=self._ranks)
+        if head.kept:
+            restored = restorer.newest(self._prefix, head.kept, recipe_digest=self._recipe_digest)
+            if restored.broken:
+                head = self._ranks.first(partial(self._head_writer.drop, tuple(restored.broken)))
+            source = ResumeSource.STORAGE
+        elif self._resume_from is not None:
+            restored, source = restorer.other_job(self._resume_from), ResumeSource.OTHER_JOB
+        else:
+            restored, source = Restored(Position(step=0, samples_consumed=0), {}), ResumeSource.START
+        position = _skipping(restored.position, head)
+        return head, position, _resumed(position, source, head, restored.fallback)
 
-    def _restore_newest(self, head: Head) -> Position:
-        broken: dict[Kept, str] = {}
-        for kept in head.kept:
-            try:
-                manifest = self._restore(kept)
-            except Broken as error:
-                log.error("Checkpoint of step %d cannot be loaded: %s", kept.step, error)  # noqa: TRY400  no bug
-                broken[kept] = str(error)
-                continue
-            if broken:
-                self._head = self._ranks.first(partial(self._head_writer.drop, tuple(broken)))
-                log.warning("Fell back to the checkpoint of step %d; later steps are trained again", kept.step)
-            return manifest.position
-        reasons = "; ".join(f"step {kept.step}: {reason}" for kept, reason in broken.items())
-        raise BadData(
-            f"none of the {len(broken)} checkpoints below {self._prefix} can be loaded ({reasons}): restore the objects, "
-            "or start a new job to train from the start"
-        )
 
-    def _restore(self, kept: Kept) -> Manifest:
-        manifest = manifests.decode(self._ranks.first(partial(self._read_manifest, kept)))
-        self._require_same_job(manifest, kept)
-        state.begin_restore(self._engine)
-        folder_uri = f"{self._prefix}/{kept.folder}"
-        self._ranks.each(lambda: fill(self._store, folder_uri, manifest, state.held(self._engine)))
-        state.finish_restore(self._engine, manifest.scalars)
-        return manifest
+def _skipping(position: Position, head: Head) -> Position:
+    """Return the position with all ranges to leave out: those that were known at the save and those found since."""
+    ranges = sorted({*position.skipped_ranges, *head.skipped_ranges})
+    return replace(position, skipped_ranges=tuple(ranges))
 
-    def _read_manifest(self, kept: Kept) -> bytes:
-        uri = f"{self._prefix}/{kept.manifest}"
-        try:
-            body = self._store.get(uri)
-            if manifests.digest(body) != kept.sha256:
-                raise Broken(f"{uri} has other bytes than were committed")
-            manifests.decode(body)
-        except ObjectMissing as error:
-            raise Broken(f"{uri} is missing") from error
-        except Unreadable as error:
-            raise Broken(f"{uri} cannot be read: {error}") from error
-        return body
 
-    def _require_same_job(self, manifest: Manifest, kept: Kept) -> None:
-        uri = f"{self._prefix}/{kept.manifest}"
-        if manifest.recipe_digest != self._recipe_digest:
-            raise BadConfig(
-                f"checkpoint {uri} belongs to another recipe ({manifest.recipe_digest}, this one is "
-                f"{self._recipe_digest}): a recipe cannot change while its checkpoints are continued; start a new job"
-            )
-        if not manifests.same_parameters(manifest.parameters, state.trainable_parameters(self._engine)):
-            raise BadConfig(f"checkpoint {uri} has other trainable parameters than the model: did the source change?")
+def _resumed(position: Position, source: ResumeSource, head: Head, fallback: str = "") -> Resumed:
+    return Resumed(
+        step=position.step,
+        source=source,
+        fallback=fallback,
+        skipped_samples=sum(end - start for start, end in position.skipped_ranges),
+        rollbacks=head.rollbacks,
+    )

@@ -14,9 +14,12 @@ from finetune_trainer.checkpoint.head import (
     Change,
     Drop,
     Fence,
+    Grade,
     Head,
     Kept,
     Overtaken,
+    Retention,
+    RollBack,
     Seen,
     Settled,
     Swap,
@@ -57,7 +60,9 @@ class HeadWriter:
         generation: int,
         nonce: Callable[[], str] = new_nonce,
         pause: Callable[[int], None] = pause_after,
+        retention: Retention,
     ) -> None:
+        self._retention = retention
         self._store = store
         self._prefix = prefix
         self._uri = f"{prefix}/{HEAD_KEY}"
@@ -74,18 +79,26 @@ class HeadWriter:
         """
         return self._settle(Fence())
 
-    def commit(self, new: Kept, *, keep: int) -> Head:
+    def commit(self, new: Kept) -> Head:
         """Put a checkpoint at the front of the list and return the new ``HEAD``.
 
         Raises:
             Stale: a higher generation has taken over.
             StorageUnavailable: whether it happened could not be found out; it may yet happen.
         """
-        return self._settle(Add(new, keep))
+        return self._settle(Add(new, self._retention))
 
     def drop(self, lost: tuple[Kept, ...]) -> Head:
         """Take checkpoints that cannot be loaded off the list and return the new ``HEAD``."""
         return self._settle(Drop(lost))
+
+    def grade(self, step: int, metric: float) -> Head:
+        """Note what the evaluation of a step gave and return the new ``HEAD``."""
+        return self._settle(Grade(step, metric, self._retention))
+
+    def roll_back(self, skipped: tuple[int, int]) -> Head:
+        """Make the next generation start from the newest checkpoint without a range of samples; return the new ``HEAD``."""
+        return self._settle(RollBack(skipped))
 
     def _settle(self, change: Change) -> Head:
         swap = Swap(self._generation, change, owned=self._owned)

@@ -52,6 +52,11 @@ def zero_stage(engine: Any) -> int:
     return int(engine.zero_optimization_stage())
 
 
+def is_replicated(engine: Any) -> bool:
+    """Tell whether every rank holds the whole state; it then saves a share of it."""
+    return isinstance(engine.optimizer, _REPLICATED)
+
+
 def trainable_parameters(engine: Any) -> tuple[Parameter, ...]:
     """Return every trainable parameter, whole, the same on every rank."""
     return tuple(
@@ -73,7 +78,7 @@ def held(engine: Any) -> list[Owned]:
 def owned(engine: Any) -> list[Owned]:
     """Return what this rank has to save: together the ranks save every number once."""
     parts = held(engine)
-    if not isinstance(engine.optimizer, _REPLICATED):
+    if not is_replicated(engine):
         return parts
     rank, size = dist.get_rank(group=engine.data_parallel_group), engine.dp_world_size
     return [part for part in (_share(part, rank, size) for part in parts) if part.count]

@@ -3,11 +3,19 @@
 A rank asks for intervals of parameters; where they were cut differently, at another world size or ZeRO stage, each is
 put together from those that intersect it. Bytes that do not hash to what the manifest says are read once more, since
 they may have broken on their way, and then the checkpoint counts as broken.
+
+Neighbouring chunks are read with one request, and a few such runs side by side, each by a thread that also hashes and
+copies what it read: none of the three needs Python's lock for long. What this takes of memory is ``READERS`` runs, in
+buffers that are used again.
 """
 
+import queue
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -20,9 +28,12 @@ from finetune_trainer.checkpoint.manifest import (
     digest,
 )
 from finetune_trainer.checkpoint.shard import Owned
-from finetune_trainer.object_store import ObjectMissing, ObjectStore
+from finetune_trainer.object_store import ObjectMissing, ObjectStore, ObjectTooShort
 
-CHUNKS_PER_READ = 8
+_Buffers: TypeAlias = "queue.SimpleQueue[bytearray]"
+
+CHUNKS_PER_READ = 4
+READERS = 4
 
 
 class Broken(Exception):
@@ -42,16 +53,45 @@ class Piece:
         return self.offset + self.view.numel() * ITEM_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring chunks ``[first, last)`` of a shard, and the pieces that some of their bytes belong into."""
+
+    shard: Shard
+    first: int
+    last: int
+    pieces: Sequence[Piece]
+
+    @property
+    def start(self) -> int:
+        """The first byte of the object."""
+        return self.first * CHUNK_BYTES
+
+    @property
+    def end(self) -> int:
+        """The byte of the object behind the last."""
+        return min(self.last * CHUNK_BYTES, self.shard.size_bytes)
+
+
 def fill(store: ObjectStore, folder_uri: str, manifest: Manifest, owned: Iterable[Owned]) -> None:
     """Read the values of all ``owned`` views from the checkpoint below ``folder_uri`` (which ends with a slash).
 
     Raises:
         Broken: it cannot be read as it was written; the views are then in no particular state.
     """
-    for shard, pieces in plan(manifest, owned):
-        for first, last in _runs(shard, pieces):
-            body = _verified(store, folder_uri + shard.name, shard, first, last)
-            _scatter(body, first * CHUNK_BYTES, pieces)
+    runs = [run for shard, pieces in plan(manifest, owned) for run in plan_runs(shard, pieces)]
+    if not runs:
+        return
+    buffers: _Buffers = queue.SimpleQueue()
+    for _ in range(min(READERS, len(runs))):
+        buffers.put(bytearray(max(run.end - run.start for run in runs)))
+    with ThreadPoolExecutor(READERS, thread_name_prefix="restore") as pool:
+        reads = [pool.submit(partial(_fill_run, store, folder_uri, buffers), run) for run in runs]
+        try:
+            for read in as_completed(reads):
+                read.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def plan(manifest: Manifest, owned: Iterable[Owned]) -> list[tuple[Shard, list[Piece]]]:
@@ -81,45 +121,62 @@ def plan(manifest: Manifest, owned: Iterable[Owned]) -> list[tuple[Shard, list[P
     return [(manifest.shards[index], sorted(pieces[index], key=lambda piece: piece.offset)) for index in sorted(pieces)]
 
 
-def _runs(shard: Shard, pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
-    """Yield runs of neighbouring chunks that are needed, as half-open intervals of at most ``CHUNKS_PER_READ``."""
+def plan_runs(shard: Shard, pieces: Sequence[Piece]) -> Iterator[Run]:
+    """Yield the runs of at most ``CHUNKS_PER_READ`` chunks that hold all pieces, and no chunk that holds none.
+
+    Raises:
+        Broken: there is no such place in the shard.
+    """
     if len(shard.sha256) != chunk_count(shard) or any(piece.end > shard.size_bytes for piece in pieces):
         raise Broken(f"the manifest contradicts itself about {shard.name}")
     needed = sorted({c for p in pieces for c in range(p.offset // CHUNK_BYTES, -(-p.end // CHUNK_BYTES))})
     first = last = needed[0]
     for chunk in needed[1:]:
         if chunk != last + 1 or chunk - first == CHUNKS_PER_READ:
-            yield first, last + 1
+            yield _run(shard, pieces, first, last + 1)
             first = chunk
         last = chunk
-    yield first, last + 1
+    yield _run(shard, pieces, first, last + 1)
 
 
-def _verified(store: ObjectStore, uri: str, shard: Shard, first: int, last: int) -> bytes:
-    start = first * CHUNK_BYTES
-    length = min(last * CHUNK_BYTES, shard.size_bytes) - start
+def _run(shard: Shard, pieces: Sequence[Piece], first: int, last: int) -> Run:
+    start, end = first * CHUNK_BYTES, last * CHUNK_BYTES
+    return Run(shard, first, last, [piece for piece in pieces if piece.offset < end and start < piece.end])
+
+
+def _fill_run(store: ObjectStore, folder_uri: str, buffers: _Buffers, run: Run) -> None:
+    buffer = buffers.get()
+    try:
+        body = memoryview(buffer)[: run.end - run.start]
+        _read_verified(store, folder_uri + run.shard.name, run, body)
+        _scatter(body, run)
+    finally:
+        buffers.put(buffer)
+
+
+def _read_verified(store: ObjectStore, uri: str, run: Run, body: memoryview) -> None:
     try:
         for _ in range(2):
-            body = store.get(uri, start, length)
-            if _hashes(body) == list(shard.sha256[first:last]):
-                return body
+            store.read_into(uri, run.start, body)
+            if _hashes(body) == list(run.shard.sha256[run.first : run.last]):
+                return
     except ObjectMissing as error:
         raise Broken(f"{uri} is missing") from error
-    raise Broken(f"{uri} has other bytes than were written, between {start} and {start + length}")
+    except ObjectTooShort as error:
+        raise Broken(f"{uri} ends before byte {run.end}") from error
+    raise Broken(f"{uri} has other bytes than were written, between {run.start} and {run.end}")
 
 
-def _hashes(body: bytes) -> list[str]:
-    view = memoryview(body)
-    return [digest(view[start : start + CHUNK_BYTES]) for start in range(0, len(body), CHUNK_BYTES)]
+def _hashes(body: memoryview) -> list[str]:
+    return [digest(body[start : start + CHUNK_BYTES]) for start in range(0, len(body), CHUNK_BYTES)]
 
 
 @torch.no_grad()
-def _scatter(body: bytes, start: int, pieces: Sequence[Piece]) -> None:
-    """Copy from the bytes, which begin at ``start`` of the object, what each piece wants of them."""
-    values = torch.frombuffer(bytearray(body), dtype=torch.float32)
-    for piece in pieces:
-        first, end = max(piece.offset, start), min(piece.end, start + len(body))
-        if first < end:
-            count = (end - first) // ITEM_BYTES
-            source = values.narrow(0, (first - start) // ITEM_BYTES, count)
-            piece.view.narrow(0, (first - piece.offset) // ITEM_BYTES, count).copy_(source)
+def _scatter(body: memoryview, run: Run) -> None:
+    """Copy from the bytes of a run what each piece wants of them."""
+    values = torch.frombuffer(body, dtype=torch.float32)
+    for piece in run.pieces:
+        first, end = max(piece.offset, run.start), min(piece.end, run.end)
+        count = (end - first) // ITEM_BYTES
+        source = values.narrow(0, (first - run.start) // ITEM_BYTES, count)
+        piece.view.narrow(0, (first - piece.offset) // ITEM_BYTES, count).copy_(source)

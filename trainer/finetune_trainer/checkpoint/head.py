@@ -18,7 +18,7 @@ searches every interleaving of two generations with lost and late writes.
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 FORMAT_VERSION = 1
 
@@ -29,13 +29,17 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A committed checkpoint: its manifest's key below the job's prefix, and what that must hash to."""
+    """A committed checkpoint: its manifest's key below the job's prefix, and what that must hash to.
+
+    ``metric`` is what the evaluation of its step gave, where the job keeps the best by a metric.
+    """
 
     step: int
     manifest: str
     sha256: str
     size_bytes: int
     commit_time: str
+    metric: float | None = None
 
     @property
     def folder(self) -> str:
@@ -45,33 +49,72 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The content of ``HEAD``. ``kept`` is newest first; ``sequence`` rises by one with each swap."""
+    """The content of ``HEAD``. ``kept`` is newest first; ``sequence`` rises by one with each swap.
+
+    ``lineage`` rises with each rollback, and with it everything staged before becomes void; ``skipped_ranges`` are the samples left
+    out since, half-open, and ``rollbacks`` counts them.
+    """
 
     sequence: int
     generation: int
     nonce: str
     kept: tuple[Kept, ...] = ()
+    lineage: int = 0
+    skipped_ranges: tuple[tuple[int, int], ...] = ()
+    rollbacks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which checkpoints stay: the newest ``keep``, and the best by a metric unless ``best`` is None."""
+
+    keep: int
+    best: Literal["highest", "lowest"] | None = None
+
+    def retained(self, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
+        """Return what stays of checkpoints that are listed newest first."""
+        newest, rest = kept[: self.keep], kept[self.keep :]
+        graded = [entry for entry in kept if entry.metric is not None]
+        if self.best is None or not graded:
+            return newest
+        best = (max if self.best == "highest" else min)(graded, key=lambda entry: entry.metric or 0.0)
+        return newest + tuple(entry for entry in rest if entry is best)
 
 
 @dataclass(frozen=True, slots=True)
 class Fence:
     """Raise the generation, so that lower ones can no longer commit."""
 
-    def apply(self, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
-        """Return what is kept afterwards."""
-        return kept
+    def apply(self, head: Head) -> Head:
+        """Return the content afterwards."""
+        return head
 
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Commit a checkpoint, and keep no more than ``keep`` in all."""
+    """Commit a checkpoint."""
 
     new: Kept
-    keep: int
+    retention: Retention
 
-    def apply(self, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
-        """Return what is kept afterwards."""
-        return (self.new, *(old for old in kept if old != self.new))[: self.keep]
+    def apply(self, head: Head) -> Head:
+        """Return the content afterwards."""
+        kept = (self.new, *(old for old in head.kept if old.manifest != self.new.manifest))
+        return replace(head, kept=self.retention.retained(kept))
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """Note what the evaluation of a step gave; nothing changes where no checkpoint of that step is kept."""
+
+    step: int
+    metric: float
+    retention: Retention
+
+    def apply(self, head: Head) -> Head:
+        """Return the content afterwards."""
+        graded = tuple(replace(old, metric=self.metric) if old.step == self.step else old for old in head.kept)
+        return replace(head, kept=self.retention.retained(graded))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +123,28 @@ class Drop:
 
     lost: tuple[Kept, ...]
 
-    def apply(self, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
-        """Return what is kept afterwards."""
-        return tuple(old for old in kept if old not in self.lost)
+    def apply(self, head: Head) -> Head:
+        """Return the content afterwards."""
+        return replace(head, kept=tuple(old for old in head.kept if old not in self.lost))
 
 
-Change: TypeAlias = Fence | Add | Drop
+@dataclass(frozen=True, slots=True)
+class RollBack:
+    """Go back to the newest checkpoint and leave out a range of samples from there on."""
+
+    skipped: tuple[int, int]
+
+    def apply(self, head: Head) -> Head:
+        """Return the content afterwards."""
+        return replace(
+            head,
+            lineage=head.lineage + 1,
+            skipped_ranges=(*head.skipped_ranges, self.skipped),
+            rollbacks=head.rollbacks + 1,
+        )
+
+
+Change: TypeAlias = Fence | Add | Grade | Drop | RollBack
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +191,21 @@ class Swap:
     def decide(self, seen: Seen | None, nonce: str) -> Write | Settled | Overtaken:
         """Return what follows from what was read; a write that follows carries ``nonce``, which must be new."""
         if seen is None:
-            return Write(Head(1, self.generation, nonce, self.change.apply(())), None)
+            return Write(self._changed(Head(0, self.generation, ""), nonce), None)
         head = seen.head
         if head.nonce in self.attempted:
             return Settled(head)
         if head.generation > self.generation or (head.generation == self.generation and head.nonce not in self.owned):
             return Overtaken(head)
-        return Write(Head(head.sequence + 1, self.generation, nonce, self.change.apply(head.kept)), seen.etag)
+        return Write(self._changed(head, nonce), seen.etag)
 
     def sent(self, write: Write) -> "Swap":
         """Return the swap after a write left, whatever became of it."""
         return replace(self, attempted=self.attempted | {write.head.nonce})
+
+    def _changed(self, head: Head, nonce: str) -> Head:
+        changed = self.change.apply(head)
+        return replace(changed, sequence=head.sequence + 1, generation=self.generation, nonce=nonce)
 
 
 def encode(head: Head) -> bytes:
@@ -154,6 +217,7 @@ def encode(head: Head) -> bytes:
             "sha256": entry.sha256,
             "sizeBytes": entry.size_bytes,
             "commitTime": entry.commit_time,
+            "metric": entry.metric,
         }
         for entry in head.kept
     ]
@@ -163,6 +227,9 @@ def encode(head: Head) -> bytes:
         "generation": head.generation,
         "nonce": head.nonce,
         "kept": kept,
+        "lineage": head.lineage,
+        "skippedRanges": [list(pair) for pair in head.skipped_ranges],
+        "rollbacks": head.rollbacks,
     }
     return json.dumps(document, indent=1).encode()
 
@@ -182,6 +249,9 @@ def decode(body: bytes) -> Head:
             generation=int(document["generation"]),
             nonce=str(document["nonce"]),
             kept=tuple(_kept(entry) for entry in document["kept"]),
+            lineage=int(document.get("lineage", 0)),
+            skipped_ranges=tuple((int(first), int(last)) for first, last in document.get("skippedRanges", ())),
+            rollbacks=int(document.get("rollbacks", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unreadable(f"{type(error).__name__}: {error}") from error
@@ -194,4 +264,5 @@ def _kept(entry: dict[str, Any]) -> Kept:
         sha256=str(entry["sha256"]),
         size_bytes=int(entry["sizeBytes"]),
         commit_time=str(entry["commitTime"]),
+        metric=None if entry.get("metric") is None else float(entry["metric"]),
     )

@@ -34,8 +34,8 @@ def take_off(head: Head, doomed: Iterable[Kept]) -> Head | None:
     Raises:
         NoneWouldStay: it lists nothing else.
     """
-    gone = frozenset(doomed)
-    staying = tuple(kept for kept in head.kept if kept not in gone)
+    gone = {kept.manifest for kept in doomed}  # not whole entries: a running job may grade one meanwhile
+    staying = tuple(kept for kept in head.kept if kept.manifest not in gone)
     if len(staying) == len(head.kept):
         return None
     if not staying:
@@ -52,7 +52,7 @@ def prune(
         NoneWouldStay: what was to stay has been taken off by somebody else.
         StorageUnavailable: whether it happened could not be found out; it may yet happen.
     """
-    uri, gone = f"{prefix}/{HEAD_KEY}", frozenset(doomed)
+    uri, gone = f"{prefix}/{HEAD_KEY}", tuple(doomed)
     for attempt in range(ATTEMPTS):
         stored = store.read(uri)
         try:

@@ -35,6 +35,17 @@ def delete_orphans(store: ObjectStore, prefix: str, head: Head) -> None:
         log.warning("Remains of earlier generations below %s stay: %s", prefix, error)
 
 
+def abort_uploads(store: ObjectStore, prefix: str) -> None:
+    """Abort unfinished multipart uploads below the prefix; between the own fence and the own first upload all are of the past."""
+    try:
+        count = store.abort_uploads(f"{prefix}/")
+    except TrainingError as error:
+        log.warning("Unfinished uploads below %s stay: %s", prefix, error)
+    else:
+        if count:
+            log.info("Aborted %d uploads that earlier generations left unfinished", count)
+
+
 def _is_orphan(key: str, generation: int, listed: set[str]) -> bool:
     match = _FOLDER.match(key)
     return match is not None and int(match["generation"]) < generation and match[0] not in listed

@@ -1,24 +1,23 @@
-"""Writing the numbers that one rank owns as one safetensors file, hashed chunk by chunk while it is written.
+"""The bytes of one rank's shard: a safetensors file of the numbers that the rank owns, laid out once and filled at each save.
 
-The format is written here and not by the safetensors library because that one wants all tensors in memory at once, as
-separate copies, and tells neither offsets nor hashes. A test reads every file back with the library.
+Which numbers a rank owns does not change while its engine lives, so header, offsets and size are known before the first save, and a
+save is nothing but copies into a buffer that is already there. The format is written here and not by the safetensors library because
+that one makes separate copies of all tensors, and tells neither offsets nor hashes. A test reads every shard back with the library.
 """
 
-import errno
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from finetune_trainer.checkpoint.manifest import CHUNK_BYTES, ITEM_BYTES, STATES, Interval, Shard
-from finetune_trainer.errors import StorageUnavailable
+from finetune_trainer.checkpoint.manifest import CHUNK_BYTES, ITEM_BYTES, STATES, Interval
 
-_PIECE = 4 * 2**20  # numbers copied off a device at a time
 _LENGTH_BYTES = 8  # of the header's length, in front of it
 _ALIGNMENT = 8  # of the first number
+_HASHING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +34,66 @@ class Owned:
         return self.views[0].numel()
 
 
-def write_shard(path: Path, owned: Sequence[Owned], parameter_index: dict[str, int]) -> Shard:
-    """Write a shard and return its description, named after the file.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where in the shard's bytes each number lies. The header comes first; what follows is in the order of the intervals."""
 
-    Raises:
-        StorageUnavailable: the file's device is full.
-    """
+    header: bytes
+    intervals: tuple[Interval, ...]
+    size_bytes: int
+
+
+def lay_out(owned: Sequence[Owned], parameter_index: dict[str, int]) -> Layout:
+    """Return the layout of a shard of these numbers."""
     header = _header(owned)
-    chunks = _ChunkHashes()
-    try:
-        with path.open("wb") as file:
-            for piece in _pieces(header, owned):
-                file.write(piece)
-                chunks.update(piece)
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        raise StorageUnavailable(f"no room left in {path.parent} to stage a checkpoint: give the pods more") from error
-    return Shard(path.name, path.stat().st_size, chunks.finish(), _intervals(len(header), owned, parameter_index))
+    intervals, offset = [], len(header)
+    for part in owned:
+        intervals.append(Interval(parameter_index[part.name], part.start, part.count, offset))
+        offset += len(STATES) * part.count * ITEM_BYTES
+    return Layout(header, tuple(intervals), offset)
+
+
+@torch.no_grad()
+def copy_in(layout: Layout, owned: Sequence[Owned], buffer: memoryview) -> None:
+    """Fill a buffer of the layout's size with the numbers as they are now. All that training stands still for."""
+    buffer[: len(layout.header)] = layout.header
+    numbers, at = numbers_of(layout, buffer), 0
+    for part in owned:
+        for view in part.views:
+            numbers[at : at + part.count].copy_(view)
+            at += part.count
+
+
+@torch.no_grad()
+def copy_out(layout: Layout, buffer: memoryview, owned: Sequence[Owned]) -> None:
+    """Set the numbers to what a buffer of the same layout holds."""
+    numbers, at = numbers_of(layout, buffer), 0
+    for part in owned:
+        for view in part.views:
+            view.copy_(numbers[at : at + part.count])
+            at += part.count
+
+
+def chunk_digests(buffer: memoryview) -> tuple[str, ...]:
+    """Return the SHA-256 of each ``CHUNK_BYTES``; hashing lets go of the interpreter's lock, so several threads help."""
+    chunks = (buffer[start : start + CHUNK_BYTES] for start in range(0, len(buffer), CHUNK_BYTES))
+    if len(buffer) <= CHUNK_BYTES:
+        return tuple(map(_digest, chunks))
+    with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+        return tuple(threads.map(_digest, chunks))
+
+
+def _digest(chunk: memoryview) -> str:
+    return hashlib.sha256(chunk).hexdigest()
+
+
+def numbers_of(layout: Layout, buffer: memoryview) -> torch.Tensor:
+    """Return the buffer's numbers without its header: a tensor of shape ``[count]`` over the same memory."""
+    assert len(buffer) == layout.size_bytes, (len(buffer), layout.size_bytes)
+    count = (layout.size_bytes - len(layout.header)) // ITEM_BYTES
+    if count == 0:
+        return torch.empty(0)
+    return torch.frombuffer(buffer, dtype=torch.float32, count=count, offset=len(layout.header))
 
 
 def _header(owned: Sequence[Owned]) -> bytes:
@@ -69,46 +110,3 @@ def _header(owned: Sequence[Owned]) -> bytes:
     text = json.dumps(tensors, separators=(",", ":")).encode()
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
-
-
-def _intervals(offset: int, owned: Sequence[Owned], parameter_index: dict[str, int]) -> tuple[Interval, ...]:
-    intervals = []
-    for part in owned:
-        intervals.append(Interval(parameter_index[part.name], part.start, part.count, offset))
-        offset += len(STATES) * part.count * ITEM_BYTES
-    return tuple(intervals)
-
-
-def _pieces(header: bytes, owned: Sequence[Owned]) -> Iterator[memoryview]:
-    yield memoryview(header)
-    for part in owned:
-        for view in part.views:
-            for start in range(0, part.count, _PIECE):
-                yield view[start : start + _PIECE].detach().cpu().numpy().data.cast("B")
-
-
-class _ChunkHashes:
-    """SHA-256 of each ``CHUNK_BYTES`` of what goes by."""
-
-    def __init__(self) -> None:
-        self._finished: list[str] = []
-        self._hash = hashlib.sha256()
-        self._room = CHUNK_BYTES
-
-    def update(self, data: memoryview) -> None:
-        while data:
-            taken, data = data[: self._room], data[self._room :]
-            self._hash.update(taken)
-            self._room -= len(taken)
-            if self._room == 0:
-                self._next()
-
-    def finish(self) -> tuple[str, ...]:
-        if self._room < CHUNK_BYTES:
-            self._next()
-        return tuple(self._finished)
-
-    def _next(self) -> None:
-        self._finished.append(self._hash.hexdigest())
-        self._hash = hashlib.sha256()
-        self._room = CHUNK_BYTES

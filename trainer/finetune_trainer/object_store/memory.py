@@ -2,17 +2,32 @@
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from finetune_trainer.object_store.protocol import ObjectInfo, ObjectMissing, PreconditionFailed, Stored, split_uri
+from finetune_trainer.errors import StorageUnavailable
+from finetune_trainer.object_store.protocol import (
+    CHUNK_BYTES,
+    ObjectInfo,
+    ObjectMissing,
+    ObjectTooShort,
+    PreconditionFailed,
+    Stored,
+    UploadStopped,
+    never,
+    split_uri,
+)
 
 
 class MemoryObjectStore:
-    """Obeys the protocol exactly; every bucket exists. ``objects`` is open to tests that break things."""
+    """Obeys the protocol exactly; every bucket exists. ``objects`` is open to tests that break things.
+
+    ``unfinished`` names the uploads that neither ended nor were aborted: a process that dies in one leaves it behind.
+    """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.unfinished: set[str] = set()
         self._lock = threading.Lock()
 
     @property
@@ -33,6 +48,13 @@ class MemoryObjectStore:
                 raise ObjectMissing(f"{uri} does not exist in {self.name}")
             body = self.objects[uri]
         return Stored(body, _etag(body))
+
+    def read_into(self, uri: str, start: int, out: memoryview) -> None:
+        """Fill ``out`` with the object's bytes from ``start``."""
+        found = self.get(uri, start, len(out))
+        if len(found) < len(out):
+            raise ObjectTooShort(f"{uri} in {self.name} ends before byte {start + len(out)}")
+        out[:] = found
 
     def head(self, uri: str) -> ObjectInfo | None:
         """Return size and ETag, or None when there is no such object."""
@@ -82,11 +104,48 @@ class MemoryObjectStore:
         """Write a file as an object."""
         self.put(uri, path.read_bytes())
 
+    def upload(
+        self,
+        body: memoryview | bytes,
+        uri: str,
+        *,
+        digests: Sequence[str],
+        bytes_per_second: int | None = None,  # noqa: ARG002  memory has no rate
+        stopped: Callable[[], bool] = never,
+    ) -> None:
+        """Write a body as an object, through ``put``."""
+        split_uri(uri)
+        self.unfinished.add(uri)
+        try:
+            self.put(uri, _checked(memoryview(body).cast("B"), uri, digests, stopped))
+        except Exception:  # and no BaseException: what dies aborts nothing
+            self.unfinished.discard(uri)
+            raise
+        self.unfinished.discard(uri)
+
+    def abort_uploads(self, prefix_uri: str) -> int:
+        """Forget the unfinished uploads below a prefix."""
+        with self._lock:
+            found = {uri for uri in self.unfinished if uri.startswith(prefix_uri)}
+            self.unfinished -= found
+        return len(found)
+
     def delete(self, uris: Iterable[str]) -> None:
         """Delete objects; those that are not there count as deleted."""
         with self._lock:
             for uri in uris:
                 self.objects.pop(uri, None)
+
+
+def _checked(body: memoryview, uri: str, digests: Sequence[str], stopped: Callable[[], bool]) -> bytes:
+    starts = range(0, len(body), CHUNK_BYTES)
+    assert len(digests) == len(starts), f"{len(digests)} digests for {len(starts)} chunks of {uri}"
+    for start, digest in zip(starts, digests, strict=True):
+        if stopped():
+            raise UploadStopped(uri)
+        if hashlib.sha256(body[start : start + CHUNK_BYTES]).hexdigest() != digest:
+            raise StorageUnavailable(f"memory refused {uri}: it is not what the digests say, from byte {start}")
+    return bytes(body)
 
 
 def _etag(body: bytes) -> str:

@@ -7,7 +7,7 @@ success (boto3 1.44.5 does). What went wrong is raised as ``finetune_trainer.err
 ``NoPermission``, a store that stays away is ``StorageUnavailable``, a bucket that is not there is ``BadConfig``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,10 +15,20 @@ from typing import Protocol
 from finetune_trainer.errors import BadConfig
 
 SCHEME = "s3://"
+CHUNK_BYTES = 8 * 2**20
+"""How many bytes each digest of an upload covers; the last one may cover fewer."""
 
 
 class ObjectMissing(BadConfig):
     """No object has this URI. The store answered and said so: forbidden and unreachable are other errors."""
+
+
+class ObjectTooShort(BadConfig):
+    """An object ends before the range that was asked for. Its whole answer came: a broken one is repeated."""
+
+
+class UploadStopped(Exception):
+    """An upload ended because its caller asked for it. Nothing was written."""
 
 
 class PreconditionFailed(Exception):
@@ -30,6 +40,11 @@ class PreconditionFailed(Exception):
 
 class Ambiguous(Exception):
     """A conditional write may or may not have happened, and may yet happen. Only reading can tell."""
+
+
+def never() -> bool:
+    """Return False: what is never stopped."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +85,14 @@ class ObjectStore(Protocol):
             ObjectMissing: no such object.
         """
 
+    def read_into(self, uri: str, start: int, out: memoryview) -> None:
+        """Fill ``out`` with the object's bytes from ``start``. For ranges of many megabytes, from several threads.
+
+        Raises:
+            ObjectMissing: no such object.
+            ObjectTooShort: it ends before ``start + len(out)``; ``out`` is then in no particular state.
+        """
+
     def head(self, uri: str) -> ObjectInfo | None:
         """Return size and ETag, or None when there is no such object."""
 
@@ -104,6 +127,29 @@ class ObjectStore(Protocol):
 
     def upload_file(self, path: Path, uri: str) -> None:
         """Write a file of any size as an object, over any that is there."""
+
+    def upload(
+        self,
+        body: memoryview | bytes,
+        uri: str,
+        *,
+        digests: Sequence[str],
+        bytes_per_second: int | None = None,
+        stopped: Callable[[], bool] = never,
+    ) -> None:
+        """Write what lies in memory as one object, over any that is there. The memory must not change meanwhile.
+
+        ``digests`` are the SHA-256, in hex, of each ``CHUNK_BYTES`` of the body: the store checks what arrives against
+        them, so nothing is hashed twice. ``bytes_per_second`` bounds the rate. ``stopped`` is asked every fraction of a
+        second and from several threads.
+
+        Raises:
+            UploadStopped: ``stopped`` turned true.
+            StorageUnavailable: the store stayed away past every retry, or somebody aborted the upload.
+        """
+
+    def abort_uploads(self, prefix_uri: str) -> int:
+        """Abort the unfinished uploads of every object whose URI starts with ``prefix_uri``; return how many."""
 
     def delete(self, uris: Iterable[str]) -> None:
         """Delete objects; those that are not there count as deleted."""

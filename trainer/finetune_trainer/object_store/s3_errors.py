@@ -45,6 +45,8 @@ class Kind(Enum):
     MISSING = auto()
     NO_BUCKET = auto()
     FORBIDDEN = auto()
+    EXPIRED = auto()  # it is the credentials, which expired or were replaced: there may be newer ones
+    NO_UPLOAD = auto()
     CONDITION_FAILED = auto()
     UNRESOLVED = auto()  # a conflicting request is under way
     OUT_OF_RANGE = auto()
@@ -56,15 +58,16 @@ class Kind(Enum):
 _BY_CODE = {
     "NoSuchBucket": Kind.NO_BUCKET,
     "NoSuchKey": Kind.MISSING,
+    "NoSuchUpload": Kind.NO_UPLOAD,
     "AccessDenied": Kind.FORBIDDEN,
     "AllAccessDisabled": Kind.FORBIDDEN,
-    "ExpiredToken": Kind.FORBIDDEN,
-    "ExpiredTokenException": Kind.FORBIDDEN,
-    "InvalidAccessKeyId": Kind.FORBIDDEN,
-    "InvalidIdentityToken": Kind.FORBIDDEN,
-    "InvalidToken": Kind.FORBIDDEN,
+    "ExpiredToken": Kind.EXPIRED,
+    "ExpiredTokenException": Kind.EXPIRED,
+    "InvalidAccessKeyId": Kind.EXPIRED,  # what SeaweedFS says of an expired session
+    "InvalidIdentityToken": Kind.EXPIRED,
+    "InvalidToken": Kind.EXPIRED,
     "SignatureDoesNotMatch": Kind.FORBIDDEN,
-    "TokenRefreshRequired": Kind.FORBIDDEN,
+    "TokenRefreshRequired": Kind.EXPIRED,
     "PreconditionFailed": Kind.CONDITION_FAILED,
     "ConditionalRequestConflict": Kind.UNRESOLVED,
     "OperationAborted": Kind.UNRESOLVED,
@@ -92,12 +95,16 @@ _BY_STATUS = {
     501: Kind.NOT_IMPLEMENTED,
 }
 
+_NO_ENTRY = {400, 401, 403}
+
 
 def classify(error: BaseException) -> Kind:
     """Return what kind of failure an exception of boto3 is."""
     inner = _cause(error)
     if isinstance(inner, ClientError):
         status = _status(inner)
+        if status in _NO_ENTRY and inner.operation_name.startswith("Head"):
+            return Kind.EXPIRED  # or forbidden: the answer to a HEAD has no code that would tell
         by_status = _BY_STATUS.get(status, Kind.TRANSIENT if status >= 500 else Kind.REFUSED)
         return _BY_CODE.get(_code(inner), by_status)
     if isinstance(inner, _CREDENTIALS):

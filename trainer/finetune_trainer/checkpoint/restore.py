@@ -1,0 +1,136 @@
+"""Restoring committed checkpoints: down the list from the newest to the first that every rank can read in whole.
+
+"Forbidden" and "unreachable" say nothing about what is there and end it with their own errors; a list of which nothing can be read
+ends it too. Nothing here writes.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from finetune_trainer.checkpoint import deepspeed_state as state
+from finetune_trainer.checkpoint import manifest as manifests
+from finetune_trainer.checkpoint.commit import HEAD_KEY
+from finetune_trainer.checkpoint.fetch import Broken, fill
+from finetune_trainer.checkpoint.head import Kept, Unreadable, decode
+from finetune_trainer.checkpoint.manifest import Manifest, Position
+from finetune_trainer.checkpoint.ranks import Ranks
+from finetune_trainer.errors import BadConfig, BadData
+from finetune_trainer.object_store import ObjectMissing, ObjectStore
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What was restored, and why newer checkpoints of the list could not be."""
+
+    position: Position
+    broken: dict[Kept, str]
+
+    @property
+    def fallback(self) -> str:
+        """The reasons as one sentence; empty where the newest was restored."""
+        return "; ".join(f"checkpoint of step {kept.step}: {reason}" for kept, reason in self.broken.items())
+
+
+class Restorer:
+    """Puts an engine into the state of a checkpoint. Called by all ranks together."""
+
+    def __init__(self, *, engine: Any, store: ObjectStore, ranks: Ranks) -> None:
+        self._engine = engine
+        self._store = store
+        self._ranks = ranks
+
+    def newest(self, prefix: str, listed: Sequence[Kept], *, recipe_digest: str | None) -> Restored:
+        """Restore the first checkpoint of the list that can be read.
+
+        Args:
+            prefix: where the checkpoints lie.
+            listed: at least one, newest first.
+            recipe_digest: what the checkpoints must belong to; None for those of another job.
+
+        Raises:
+            BadConfig: a checkpoint belongs to another recipe or model.
+            BadData: none can be read.
+            NoPermission, StorageUnavailable: what there is cannot be told.
+        """
+        broken: dict[Kept, str] = {}
+        for kept in listed:
+            try:
+                manifest = self._restore(prefix, kept, recipe_digest)
+            except Broken as error:
+                log.error("Checkpoint of step %d cannot be loaded: %s", kept.step, error)  # noqa: TRY400  no bug
+                broken[kept] = str(error)
+                continue
+            if broken:
+                log.warning("Fell back to the checkpoint of step %d; later steps are trained again", kept.step)
+            return Restored(manifest.position, broken)
+        raise BadData(
+            f"none of the {len(broken)} checkpoints below {prefix} can be loaded "
+            f"({'; '.join(f'step {kept.step}: {reason}' for kept, reason in broken.items())}): "
+            "restore the objects, or start a new job to train from the start"
+        )
+
+    def other_job(self, source: str) -> Restored:
+        """Restore the checkpoint ``s3://bucket/path[@step]`` of another job, without writing there.
+
+        Raises:
+            BadConfig: there is none, or it has other parameters than this job's model.
+        """
+        prefix, _, step = source.partition("@")
+        prefix = prefix.rstrip("/")
+        listed = self._ranks.first(partial(self._listed, prefix))
+        wanted = [kept for kept in listed if not step or kept.step == int(step)]
+        if not wanted:
+            steps = ", ".join(str(kept.step) for kept in listed) or "none"
+            raise BadConfig(
+                f"spec.checkpoint.resumeFrom: there is no checkpoint {f'of step {step} ' if step else ''}below {prefix}; "
+                f"steps there: {steps}"
+            )
+        return self.newest(prefix, wanted, recipe_digest=None)
+
+    def _listed(self, prefix: str) -> tuple[Kept, ...]:
+        uri = f"{prefix}/{HEAD_KEY}"
+        try:
+            return decode(self._store.get(uri)).kept
+        except ObjectMissing:
+            raise BadConfig(
+                f"spec.checkpoint.resumeFrom: {uri} does not exist; name the folder of a job, "
+                "as its status.checkpoint.uri has it before /checkpoints"
+            ) from None
+        except Unreadable as error:
+            raise BadConfig(f"spec.checkpoint.resumeFrom: {uri} is not a HEAD that can be read ({error})") from error
+
+    def _restore(self, prefix: str, kept: Kept, recipe_digest: str | None) -> Manifest:
+        manifest = manifests.decode(self._ranks.first(partial(self._read_manifest, prefix, kept)))
+        self._require_same_job(manifest, f"{prefix}/{kept.manifest}", recipe_digest)
+        state.begin_restore(self._engine)
+        folder_uri = f"{prefix}/{kept.folder}"
+        self._ranks.each(lambda: fill(self._store, folder_uri, manifest, state.held(self._engine)))
+        state.finish_restore(self._engine, manifest.scalars)
+        return manifest
+
+    def _read_manifest(self, prefix: str, kept: Kept) -> bytes:
+        uri = f"{prefix}/{kept.manifest}"
+        try:
+            body = self._store.get(uri)
+            if manifests.digest(body) != kept.sha256:
+                raise Broken(f"{uri} has other bytes than were committed")
+            manifests.decode(body)
+        except ObjectMissing as error:
+            raise Broken(f"{uri} is missing") from error
+        except Unreadable as error:
+            raise Broken(f"{uri} cannot be read: {error}") from error
+        return body
+
+    def _require_same_job(self, manifest: Manifest, uri: str, recipe_digest: str | None) -> None:
+        if recipe_digest is not None and manifest.recipe_digest != recipe_digest:
+            raise BadConfig(
+                f"checkpoint {uri} belongs to another recipe ({manifest.recipe_digest}, this one is {recipe_digest}): "
+                "a recipe cannot change while its checkpoints are continued; start a new job"
+            )
+        if not manifests.same_parameters(manifest.parameters, state.trainable_parameters(self._engine)):
+            raise BadConfig(f"checkpoint {uri} has other trainable parameters than the model: did the source change?")

@@ -1,0 +1,228 @@
+"""Saving beside training: each rank has one background thread, and the threads of all ranks finish a save together.
+
+The training thread copies what the rank owns into a free buffer (see staging) and goes on. The background thread hashes the buffer,
+seals it, uploads it and tells the others through a group of its own; when all have uploaded, rank 0 creates the manifest and swaps
+``HEAD``. Saves finish in the order they began, at most as many as there are buffers are under way, and the uploads read the buffers
+directly, so memory is bounded by what was allocated before the first step.
+
+A save fails on all ranks or on none, with the same error. One that fails because the store is away or forbids costs that save and
+nothing else: the next one that is due tries again.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from finetune_api.protocol import Checkpoint
+from finetune_trainer.checkpoint import deepspeed_state as state
+from finetune_trainer.checkpoint import manifest as manifests
+from finetune_trainer.checkpoint.commit import CHECKPOINTS_KEY, HeadWriter, create, new_nonce
+from finetune_trainer.checkpoint.head import Head, Kept
+from finetune_trainer.checkpoint.manifest import MANIFEST_NAME, Json, Manifest, Parameter, Shard
+from finetune_trainer.checkpoint.ranks import Ranks
+from finetune_trainer.checkpoint.retention import delete_checkpoints, delete_orphans
+from finetune_trainer.checkpoint.shard import Layout, chunk_digests, copy_in
+from finetune_trainer.checkpoint.staging import Seal, Slot, Staging
+from finetune_trainer.errors import NoPermission, StorageUnavailable, TrainingError
+from finetune_trainer.object_store import ObjectStore
+
+log = logging.getLogger(__name__)
+
+SURVIVED = (StorageUnavailable, NoPermission)
+"""With these a save is lost and training goes on; any other error ends it."""
+
+NICENESS = 10  # of the background thread, where training needs the processor too
+BEAT_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a save ended: with a checkpoint or an error. ``seconds`` counts from when its numbers were copied."""
+
+    step: int
+    seconds: float
+    checkpoint: Checkpoint | None = None
+    error: TrainingError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    slot: Slot
+    outcome: Future[Outcome]
+
+
+class Saver:
+    """One rank's hand in the saves of a generation, from its fence on. All ranks call all but :meth:`outcomes` together.
+
+    Args:
+        engine: the DeepSpeed engine.
+        store: where checkpoints go.
+        prefix: ``s3://bucket/path`` of this job alone.
+        head: ``HEAD`` as this generation's fence left it.
+        head_writer: used on rank 0.
+        staging: this rank's buffers.
+        layout: what goes into them.
+        parameters: every trainable parameter.
+        bytes_per_second: a bound on what this rank uploads.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Any,
+        store: ObjectStore,
+        prefix: str,
+        head: Head,
+        head_writer: HeadWriter,
+        staging: Staging,
+        layout: Layout,
+        parameters: tuple[Parameter, ...],
+        bytes_per_second: int | None = None,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._prefix = prefix
+        self._head = head
+        self._head_writer = head_writer
+        self._staging = staging
+        self._layout = layout
+        self._parameters = parameters
+        self._bytes_per_second = bytes_per_second
+        self._ranks = Ranks(TrainingError)
+        self._attempt = f"g{head.generation}-{self._ranks.first(new_nonce)}"
+        self._saves = 0
+        self._orphans_deleted = False
+        self._under_way: deque[_UnderWay] = deque()
+        self._thread = ThreadPoolExecutor(1, "saver", initializer=_yield_to_training)
+
+    def has_room(self) -> bool:
+        """Tell whether this rank has a buffer for another save."""
+        return sum(not save.outcome.done() for save in self._under_way) < len(self._staging.slots)
+
+    def begin(self, seal: Seal) -> float:
+        """Copy the numbers as they are now, finish the save beside training, and return the seconds that training stood still.
+
+        ``seal`` says what they are; its shard is filled in here. There must be room on every rank.
+        """
+        started = time.monotonic()
+        slot = self._staging.free({save.slot for save in self._under_way if not save.outcome.done()})
+        assert slot is not None, "a save without room"
+        slot.break_seal()
+        copy_in(self._layout, state.owned(self._engine), slot.buffer)
+        self._submit(slot, seal, partial(self._seal, slot, seal))
+        return time.monotonic() - started
+
+    def adopt(self, slot: Slot, seal: Seal) -> None:
+        """Finish the save of an earlier generation whose numbers are in a buffer on every rank."""
+        self._submit(slot, seal, lambda: seal.shard)
+
+    def grade(self, step: int, metric: float) -> None:
+        """Note beside training, after the saves under way, what the evaluation of a step gave."""
+        self._thread.submit(self._grade, step, metric)
+
+    def outcomes(self) -> list[Outcome]:
+        """Return how saves ended that were not returned before.
+
+        Raises:
+            Exception: a bug in the background.
+        """
+        ended = []
+        while self._under_way and self._under_way[0].outcome.done():
+            ended.append(self._under_way.popleft().outcome.result())
+        return ended
+
+    def wait(self, alive: Callable[[], None]) -> list[Outcome]:
+        """Wait for all saves under way and return what :meth:`outcomes` does."""
+        for save in self._under_way:
+            while not save.outcome.done():
+                alive()
+                try:
+                    save.outcome.exception(BEAT_SECONDS)
+                except NotYet:
+                    continue
+        return self.outcomes()
+
+    def _submit(self, slot: Slot, seal: Seal, shard: Callable[[], Shard]) -> None:
+        self._saves += 1
+        folder = f"{CHECKPOINTS_KEY}step-{seal.position.step}/{self._attempt}-{self._saves}/"
+        future = self._thread.submit(self._finish, slot, seal, folder, shard, time.monotonic())
+        self._under_way.append(_UnderWay(slot, future))
+
+    def _finish(self, slot: Slot, seal: Seal, folder: str, shard: Callable[[], Shard], started: float) -> Outcome:
+        step = seal.position.step
+        try:
+            kept = self._ranks.collect(
+                lambda: self._upload(slot, seal, folder, shard()), partial(self._commit, seal, folder)
+            )
+        except TrainingError as error:
+            return Outcome(step, time.monotonic() - started, error=error)
+        uri = f"{self._prefix}/{folder.rstrip('/')}"
+        checkpoint = Checkpoint(step=step, uri=uri, size_bytes=kept.size_bytes, commit_time=kept.commit_time)
+        return Outcome(step, time.monotonic() - started, checkpoint=checkpoint)
+
+    def _seal(self, slot: Slot, seal: Seal) -> Shard:
+        """Say what the buffer holds, now that it is hashed."""
+        name = f"rank-{seal.rank:05}.safetensors"
+        shard = Shard(name, self._layout.size_bytes, chunk_digests(slot.buffer), self._layout.intervals)
+        slot.seal(replace(seal, shard=shard))
+        return shard
+
+    def _upload(self, slot: Slot, seal: Seal, folder: str, shard: Shard) -> tuple[Any, Json]:
+        """Return what rank 0 must find equal on all ranks, and the description of what this rank uploaded."""
+        uri = f"{self._prefix}/{folder}{shard.name}"
+        self._store.upload(slot.buffer, uri, digests=shard.sha256, bytes_per_second=self._bytes_per_second)
+        return (seal.save, seal.position), manifests.shard_to_json(shard)
+
+    def _commit(self, seal: Seal, folder: str, parts: list[tuple[Any, Json]]) -> Kept:
+        assert all(same == (seal.save, seal.position) for same, _ in parts), f"ranks save different steps: {parts}"
+        manifest = Manifest(
+            position=seal.position,
+            generation=self._head.generation,
+            world_size=seal.world_size,
+            zero_stage=seal.zero_stage,
+            recipe_digest=seal.recipe_digest,
+            parameters=self._parameters,
+            scalars=seal.scalars,
+            shards=tuple(manifests.shard_from_json(shard) for _, shard in parts),
+        )
+        body = manifests.encode(manifest)
+        create(self._store, f"{self._prefix}/{folder}{MANIFEST_NAME}", body)
+        kept = Kept(
+            step=seal.position.step,
+            manifest=folder + MANIFEST_NAME,
+            sha256=manifests.digest(body),
+            size_bytes=manifest.size_bytes + len(body),
+            commit_time=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        )
+        self._settled(self._head_writer.commit(kept))
+        if not self._orphans_deleted:
+            delete_orphans(self._store, self._prefix, self._head)
+            self._orphans_deleted = True
+        return kept
+
+    def _grade(self, step: int, metric: float) -> None:
+        if self._ranks.rank != 0:
+            return
+        try:
+            self._settled(self._head_writer.grade(step, metric))
+        except TrainingError as error:  # the next commit meets the same error, and says so on all ranks
+            log.warning("The evaluation of step %d could not be noted in HEAD: %s", step, error)
+
+    def _settled(self, head: Head) -> None:
+        """Delete what a swap took off the list."""
+        listed = {kept.manifest for kept in head.kept}
+        delete_checkpoints(self._store, self._prefix, (kept for kept in self._head.kept if kept.manifest not in listed))
+        self._head = head
+
+
+def _yield_to_training() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # on Linux a thread has a niceness of its own
