@@ -27,6 +27,7 @@ from finetune_trainer.data.batches import cut, deal, random_seed
 from finetune_trainer.errors import BadConfig, NumericFailure, RolledBack, SavedOnRequest
 from finetune_trainer.evaluation import evaluate, retention_of, value_of
 from finetune_trainer.export import gather_weights, upload_model, write_model
+from finetune_trainer.export_planning import write_export_plan
 from finetune_trainer.job import Job
 from finetune_trainer.model_card import render_model_card
 from finetune_trainer.optimization import OVERFLOWS_LIMIT, NotFinite, accumulate, learning_rate, require_finite, update
@@ -57,6 +58,7 @@ def train(job: Job, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> None
     """
     reporter.phase(Phase.INITIALIZING)
     run = Run(job, ranks, reporter, stop, prepare(job, ranks, reporter.alive))
+    write_export_plan(job, ranks, run.prepared, reporter.alive)
     run.resume()
     while True:
         if run.evaluation_is_due() and not run.stop_agreed:
