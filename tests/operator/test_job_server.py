@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from finetune_api.contract import ORDER_PATH, REPORT_BYTES_LIMIT, REPORT_PATH, TOKEN_AUDIENCE
+from finetune_api.job import FineTuneJob, parse_job
 from finetune_api.protocol import Progress, Report, to_wire
 from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.app import JobServer
@@ -411,6 +412,33 @@ async def test_all_polls_of_a_job_are_answered_by_one_change(scene: Scene) -> No
     scene.commit(committed())
     answers = await asyncio.wait_for(asyncio.gather(*polls, waiting), 5)
     assert [(answer["action"], answer["rank"]) for _, answer in answers] == [("Run", 0)] * 3 + [("Run", 1)]
+
+
+async def test_a_job_is_parsed_once_for_all_agents_that_ask_about_one_version_of_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+
+    def parse(body: dict[str, Any]) -> FineTuneJob:
+        parsed.append(body["metadata"]["resourceVersion"])
+        return parse_job(body)
+
+    monkeypatch.setattr("finetune_operator.jobserver.app.parse_job", parse)
+    for _ in range(3):
+        await scene.report()
+        await scene.ask("GET", ORDER_PATH, token=scene.token(uid="pod-2"), pod_uid="pod-2")
+    assert parsed == ["1"]
+    scene.commit(committed())
+    orders = [(await scene.poll())[1]["action"], (await scene.report())[1]["action"]]
+    assert (orders, parsed) == (["Run", "Run"], ["1", "2"])
+
+
+async def test_only_so_many_jobs_are_kept_at_hand(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_operator.jobserver.app.JOBS_AT_HAND", 2)
+    for number in range(5):
+        body = job_body(name=f"job-{number}", uid=f"uid-{number}")
+        scene.server._parsed(JobKey(("team-a", f"job-{number}")), body)
+    assert [name for _, name in scene.server._at_hand] == ["job-3", "job-4"]
 
 
 async def test_a_poll_is_answered_with_the_same_order_after_a_while(

@@ -8,11 +8,12 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from aiohttp import web
 
 from finetune_api.contract import ORDER_PATH, ORDER_POLL_SECONDS, REPORT_BYTES_LIMIT, REPORT_PATH
-from finetune_api.job import parse_job
+from finetune_api.job import FineTuneJob, parse_job
 from finetune_api.protocol import SERVED_VERSIONS, Action, Order, Report, from_wire, to_wire
 from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.auth import Caller, TokenVerifier, Unauthorized
@@ -24,6 +25,10 @@ from finetune_operator.views import PodView
 
 logger = logging.getLogger(__name__)
 
+JOBS_AT_HAND = (
+    64  # whose agents ask: all of a gang do at once when its status changes, and a large status takes long to parse
+)
+
 
 class JobServer:
     """Answers agents. ``on_news`` is called with the key of a job of which an agent has told something new."""
@@ -33,6 +38,7 @@ class JobServer:
     ) -> None:
         self._cache, self._reports, self._verifier, self._on_news = cache, reports, verifier, on_news
         self._changed: dict[JobKey, asyncio.Event] = {}
+        self._at_hand: dict[JobKey, tuple[dict[str, Any], FineTuneJob]] = {}  # as cached, and parsed; the oldest first
 
     def app(self) -> web.Application:
         """Return the web application."""
@@ -83,7 +89,16 @@ class JobServer:
         body = self._cache.job(key)
         if body is None or body["metadata"]["uid"] != pod.job_uid:
             return Order(action=Action.WAIT)  # its job is gone, and the garbage collector is on its way
-        return order_for(parse_job(body), pod.uid)
+        return order_for(self._parsed(key, body), pod.uid)
+
+    def _parsed(self, key: JobKey, body: dict[str, Any]) -> FineTuneJob:
+        cached, job = self._at_hand.pop(key, (None, None))
+        if job is None or cached is not body:  # the cache holds another object for each version
+            job = parse_job(body)
+        self._at_hand[key] = body, job
+        while len(self._at_hand) > JOBS_AT_HAND:
+            del self._at_hand[next(iter(self._at_hand))]
+        return job
 
     async def _caller(self, request: web.Request) -> Caller:
         try:
