@@ -40,6 +40,8 @@ def test_a_killed_worker_restarts_the_gang_in_place_and_resumes(operator: Cluste
     assert (attempt["generation"], attempt["reason"], attempt["signal"], attempt["rank"]) == (1, "WorkerKilled", 9, 1)
     assert attempt["pod"] == victim
     done = job.wait_for_phase("Succeeded", 300)
+    assert (done["resumed"]["generation"], done["resumed"]["source"]) == (2, "Memory"), "storage was not asked"
+    assert 0 <= done["attempts"][0]["lostSteps"] <= 800
     assert done["progress"]["step"] == 800
     resumed = re.search(r"generation 2: starting after step (\d+) of 800", job.logs(victim.replace("-1-1", "-0-1")))
     assert resumed
@@ -59,7 +61,11 @@ def test_a_deleted_pod_is_replaced_and_the_other_stays(operator: Cluster, namesp
     assert members[0]["uid"] == kept["uid"]
     assert members[1]["uid"] != lost["uid"]
     assert members[1]["pod"].endswith("-1-2")
-    job.wait_for_phase("Succeeded", 300)
+    assert status["attempts"][0]["reason"] == "Preempted", "it was asked to go, and saved first"
+    assert "restarts" not in status or status["restarts"]["used"] == 0
+    done = job.wait_for_phase("Succeeded", 300)
+    assert done["attempts"][0]["lostSteps"] == 0
+    assert done["resumed"]["source"] == "Storage", "one of the pods is new"
     job.delete()
 
 

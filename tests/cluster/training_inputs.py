@@ -34,11 +34,16 @@ def upload_inputs(cluster: Cluster, folder: Path) -> None:
     client = cluster.s3.client()
     if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
         client.create_bucket(Bucket=BUCKET)
-    model = save_bert(folder / "bert")
-    for file in model.iterdir():
-        client.upload_file(str(file), BUCKET, f"models/bert/{file.name}")
+    upload_model(cluster, save_bert(folder / "bert"))
     for name, count, seed in (("train", 256, 1), ("evaluation", 64, 2)):
         put_data(cluster, f"{name}.jsonl", rated_sentences(count, seed=seed))
+
+
+def upload_model(cluster: Cluster, folder: Path) -> str:
+    """Put a model into S3 under the folder's name and return its URI."""
+    for file in folder.iterdir():
+        cluster.s3.client().upload_file(str(file), BUCKET, f"models/{folder.name}/{file.name}")
+    return f"s3://{BUCKET}/models/{folder.name}"
 
 
 def put_data(cluster: Cluster, name: str, rows: list[dict[str, str]] | bytes) -> str:
