@@ -101,7 +101,7 @@ class CheckpointInterval(ApiModel):
     seconds: int | None = Field(default=None, ge=10, le=604800)
     """After every so many seconds, at the next step."""
     auto: Literal[True] | None = None
-    """At the interval that loses least, from the measured cost of a save and the failures so far (Young/Daly)."""
+    """At the interval that loses least, from the measured cost of a save and the failures to expect of so many ranks (Young/Daly)."""
 
     rules = (
         Rule(

@@ -29,6 +29,7 @@ class JobServer:
         self._folder = folder
         self._changed = asyncio.Condition()
         self._runner: web.AppRunner | None = None
+        self._app: web.Application | None = None
         self.port = 0
         self.tokens = {"first-token"}
         self.refusals: list[int] = []  # HTTP statuses of what was refused
@@ -46,7 +47,7 @@ class JobServer:
         return f"https://localhost:{self.port}"
 
     async def start(self) -> None:
-        app = web.Application(client_max_size=REPORT_BYTES_LIMIT)
+        app = self._app = web.Application(client_max_size=REPORT_BYTES_LIMIT)
         app.router.add_post(REPORT_PATH, self._report)
         app.router.add_get(ORDER_PATH, self._order)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -110,6 +111,10 @@ class JobServer:
         return self.orders.get(pod, Order(Action.WAIT))
 
     def _refusal(self, request: web.Request) -> web.Response | None:
+        if request.app is not self._app:  # a poll that ended just as the server was stopped keeps its connection
+            response = web.Response(status=503)
+            response.force_close()
+            return response
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         status = self.refuse_with or (0 if token in self.tokens else 401)
         if not status:

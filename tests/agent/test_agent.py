@@ -26,10 +26,24 @@ from finetune_agent.agent import (
 from finetune_agent.beats import Levels, WorkerEnded, WorkerStarted
 from finetune_agent.journal import Journal, Record
 from finetune_agent.launcher import LauncherEnd
-from finetune_api.protocol import Action, AgentState, Checkpoint, Exit, Heartbeat, Order, Phase, Progress
+from finetune_api.protocol import (
+    Action,
+    AgentState,
+    Checkpoint,
+    Exit,
+    Heartbeat,
+    Order,
+    Phase,
+    Progress,
+    Resumed,
+    ResumeSource,
+    Saves,
+)
 
 IDENTITY = Identity("uid", "instance", "10.0.0.1")
 CHECKPOINT = Checkpoint(5, "s3://b/c", 1, "2026-01-01T00:00:00Z")
+SAVES = Saves(saving_step=7, saving_since="2026-01-01T00:00:00Z")
+RESUMED = Resumed(5, ResumeSource.STORAGE)
 
 
 def agent(record: Record | None = None, *, zero_means_done: bool = True, previous_end: str = "") -> Agent:
@@ -89,6 +103,12 @@ def drive(machine: Agent, events, now: float = 0.0) -> list:
         pytest.param([*BOTH_RUN, ended(1, 1)], AgentState.FAILED, ["Start 1"], id="one bad end fails at once, its peers may tell theirs"),
         pytest.param([*BOTH_RUN, ended(1, 1), ECHO_SECONDS, Tick()], AgentState.FAILED, ["Start 1", "Kill"], id="for a moment"),
         pytest.param([*BOTH_RUN, ended(1, 1), ended(0, 1)], AgentState.FAILED, ["Start 1", "Kill"], id="or until all have"),
+        pytest.param([*BOTH_RUN, ended(1, 75), 24, Tick()], AgentState.FAILED, ["Start 1"], id="one that has saved because another pod must go lets its peers save too"),
+        pytest.param([*BOTH_RUN, ended(1, 75), 25, Tick()], AgentState.FAILED, ["Start 1", "Kill"], id="within the grace period"),
+        pytest.param([*BOTH_RUN, ended(1, 75), ended(0, 75)], AgentState.FAILED, ["Start 1", "Kill"], id="and when all have, it is over"),
+        pytest.param([*BOTH_RUN, ended(1, 75), ended(0, 1)], AgentState.FAILED, ["Start 1", "Kill"], id="or when one could not"),
+        pytest.param([*BOTH_RUN, ended(1, 75), Terminate()], AgentState.FAILED, ["Start 1", "Ask [100]"], id="SIGTERM does not disturb a save that has begun"),
+        pytest.param([*BOTH_RUN, ended(1, 1), Terminate()], AgentState.FAILED, ["Start 1", "Kill"], id="but after a bad end there is nothing to save"),
         pytest.param([*BOTH_RUN, ended(1, 1), order(RUN, 2)], AgentState.FAILED, ["Start 1", "Kill"], id="a new generation need not wait for echoes"),
         pytest.param([*BOTH_RUN, LauncherEnded(1, LauncherEnd(0))], AgentState.RUNNING, ["Start 1"], id="a launcher's zero says nothing yet"),
         pytest.param([*BOTH_RUN, LauncherEnded(1, LauncherEnd(0)), SETTLE_SECONDS, Tick()], AgentState.FAILED, ["Start 1", "Kill"], id="nor without its workers' words"),
@@ -159,10 +179,20 @@ def test_what_only_the_launcher_knows_of_a_worker_is_told():
 
 def test_a_new_generation_forgets_progress_and_exits_but_not_what_is_committed():
     machine = agent()
-    levels = Levels(Heartbeat(Phase.TRAINING, 7), Progress(7), checkpoint=CHECKPOINT)
-    drive(machine, [*BOTH_RUN, levels, ended(0, 1), ended(1, 1), Gone(), order(RUN, 2)])
+    levels = Levels(Heartbeat(Phase.TRAINING, 7), Progress(7), checkpoint=CHECKPOINT, saves=SAVES, resumed=RESUMED)
+    drive(machine, [*BOTH_RUN, levels, ended(0, 1), ended(1, 1), Gone()])
+    report = machine.report()
+    assert (report.saves, report.resumed) == (SAVES, RESUMED), "an ended generation is still told of"
+    drive(machine, [order(RUN, 2)])
     report = machine.report()
     assert (report.heartbeat, report.progress, report.exits, report.checkpoint) == (None, None, [], CHECKPOINT)
+    assert (report.saves, report.resumed) == (None, None)
+
+
+def test_where_a_generation_started_stays_known_when_later_levels_do_not_repeat_it_and_how_saving_goes_does_not():
+    machine = agent()
+    drive(machine, [*BOTH_RUN, Levels(saves=SAVES, resumed=RESUMED), Levels(progress=Progress(8))])
+    assert (machine.report().saves, machine.report().resumed) == (None, RESUMED)
 
 
 def test_the_record_is_on_disk_before_the_start_that_it_tells_of():
@@ -175,11 +205,13 @@ def test_the_record_is_on_disk_before_the_start_that_it_tells_of():
 
 def test_a_new_instance_answers_for_the_generation_that_ran():
     machine = agent(
-        Record(started=4, obeyed=5, state=AgentState.RUNNING, checkpoint=CHECKPOINT), previous_end="signal 9"
+        Record(started=4, obeyed=5, state=AgentState.RUNNING, resumed=RESUMED, checkpoint=CHECKPOINT),
+        previous_end="signal 9",
     )
     (persist, _) = machine.handle(Tick(), 0)
     report = machine.report()
     assert (report.state, report.generation, report.checkpoint) == (AgentState.FAILED, 4, CHECKPOINT)
+    assert report.resumed == RESUMED, "what that generation has lost can still be told"
     assert report.exits == [Exit(4, -1, message="the agent process ended while this generation ran (signal 9)")]
     assert persist.record.state is AgentState.FAILED
     assert drive(machine, [Gone(), order(RUN, 4), order(RUN, 5)]) == [Start(order(RUN, 5).order)]
@@ -194,7 +226,7 @@ def test_a_new_instance_keeps_what_had_come_to_an_end(state):
 def test_the_journal_returns_what_was_written_and_refuses_what_it_did_not_write(tmp_path):
     journal = Journal(tmp_path)
     assert journal.read() == Record()
-    record = Record(3, 4, AgentState.FAILED, [Exit(3, 1, None, 9, "message", "tail")], checkpoint=CHECKPOINT)
+    record = Record(3, 4, AgentState.FAILED, [Exit(3, 1, None, 9, "message", "tail")], RESUMED, checkpoint=CHECKPOINT)
     journal.write(replace(record, started=2))
     journal.write(record)
     assert Journal(tmp_path).read() == record

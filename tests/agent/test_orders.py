@@ -297,6 +297,79 @@ async def test_sigterm_lets_the_worker_save_and_the_container_say_saved(server, 
     }
 
 
+async def test_a_worker_that_cannot_take_signals_finds_a_file_when_it_is_to_save(server, pod):
+    pod.script(
+        "0-g1",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
+        "assert not os.path.exists(os.environ['FINETUNE_SAVE_NOW'])",
+        "ready()",
+        "wait_for(os.environ['FINETUNE_SAVE_NOW'])",
+        "sys.exit(75)",
+    )
+    pod.script("0-g2", "(folder / 'again').write_text(str(os.path.exists(os.environ['FINETUNE_SAVE_NOW'])))")
+    await pod.run(1)
+    await pod.pid_of(0, 1)
+    await server.order(pod.uid, Order(Action.STOP, 1, grace_seconds=30))
+    await server.until(lambda: pod.report.state is AgentState.STOPPED)
+    assert [end.exit_code for end in pod.report.exits] == [75]
+    await pod.run(2)
+    await server.until(lambda: pod.report.state is AgentState.SUCCEEDED)
+    assert (pod.folder / "again").read_text() == "False", "what was meant for one generation is not for the next"
+
+
+async def test_a_secret_that_was_given_back_is_there_for_the_next_generation(server, make_pod):
+    pod = make_pod()
+    secret = pod.folder / "secret"
+    secret.mkdir()
+    frozen = {"AWS_ACCESS_KEY_ID": "old", "AWS_SECRET_ACCESS_KEY": "old", "AWS_SESSION_TOKEN": "old"}
+    start(pod, FINETUNE_CREDENTIALS_FOLDER=str(secret), **frozen)
+    await server.until(lambda: pod.report)
+    keep = "{k: v for k, v in os.environ.items() if 'AWS' in k or 'CREDENTIALS' in k}"
+    pod.script(0, f"(folder / 'seen').write_text(json.dumps({keep}))", "sys.exit(77)")
+    await pod.run(1)
+    await server.until(lambda: pod.report.state is AgentState.FAILED)
+    assert json.loads((pod.folder / "seen").read_text()) == frozen
+    (secret / "AWS_ACCESS_KEY_ID").write_text("new")
+    (secret / "AWS_SECRET_ACCESS_KEY").write_text("new")
+    await pod.run(2)
+    await server.until(lambda: pod.report.generation == 2 and pod.report.state is AgentState.FAILED)
+    assert json.loads((pod.folder / "seen").read_text()) == {
+        "AWS_ACCESS_KEY_ID": "new",
+        "AWS_SECRET_ACCESS_KEY": "new",
+    }
+
+
+async def test_how_saving_goes_and_where_training_started_are_reported(server, pod):
+    pod.script(
+        0,
+        "beat('resumed', {'step': 5, 'source': 'Storage', 'fallback': 'step 10 is torn'})",
+        "beat('saves', {'savingStep': 15, 'savingSince': '2026-01-01T00:00:00Z', 'putOff': 1})",
+        *SLEEP,
+    )
+    await pod.run(1)
+    await server.until(lambda: pod.report.resumed and pod.report.saves)
+    assert (pod.report.resumed.step, pod.report.resumed.fallback) == (5, "step 10 is torn")
+    assert (pod.report.saves.saving_step, pod.report.saves.put_off) == (15, 1)
+    before = pod.report.instance
+    os.kill(await pod.agent_pid(), signal.SIGKILL)
+    await server.until(lambda: pod.report.instance != before)
+    assert (pod.report.resumed.step, pod.report.saves) == (5, None)
+
+
+async def test_workers_of_a_pod_that_stays_save_with_those_of_one_that_goes(server, pod):
+    """The ranks agree among themselves: the first to have saved must not have the others killed."""
+    pod.script(0, "ready()", "wait_for('uploaded')", "sys.exit(75)")
+    pod.script(1, "ready()", "wait_for('agreed')", "sys.exit(75)")
+    await pod.run(1, workers=2)
+    await asyncio.gather(pod.pid_of(0, 1), pod.pid_of(1, 1))
+    (pod.folder / "agreed").touch()
+    await server.until(lambda: pod.report.state is AgentState.FAILED)
+    assert [(end.rank, end.exit_code) for end in pod.report.exits] == [(1, 75)]
+    (pod.folder / "uploaded").touch()
+    await server.until(lambda: len(pod.report.exits) == 2)
+    assert [(end.rank, end.exit_code) for end in pod.report.exits] == [(1, 75), (0, 75)]
+
+
 async def test_sigterm_kills_a_worker_that_will_not_end(server, make_pod):
     pod = make_pod()
     start(pod, FINETUNE_GRACE_SECONDS="0.5")
