@@ -80,6 +80,8 @@ class Proxy:
     after: Callable[[Request], None] = lambda request: None
     """Called when the server has carried a request out, before its answer is passed on."""
     requests: list[Request] = field(default_factory=list)
+    statuses: dict[int, int] = field(default_factory=dict)
+    """What the server answered, by the number of the request; nothing of those that were not carried out."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -177,6 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         status, headers, content = self.ask_backend(body)
         if fault is Fault.REPEATED:
             status, headers, content = self.ask_backend(body)
+        self.server.proxy.statuses[request.number] = status
         self.server.proxy.after(request)
         if fault is Fault.ANSWER_LOST:
             self.close_connection = True

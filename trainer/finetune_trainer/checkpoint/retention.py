@@ -35,10 +35,18 @@ def delete_orphans(store: ObjectStore, prefix: str, head: Head) -> None:
         log.warning("Remains of earlier generations below %s stay: %s", prefix, error)
 
 
-def abort_uploads(store: ObjectStore, prefix: str) -> None:
-    """Abort unfinished multipart uploads below the prefix; between the own fence and the own first upload all are of the past."""
+def abort_uploads(store: ObjectStore, prefix: str, generation: int) -> None:
+    """Abort unfinished multipart uploads below the prefix, between the own fence and the own first upload.
+
+    Not those of higher generations' checkpoints: who was stopped right after its fence finds them when it goes on.
+    """
+
+    def is_of_a_higher_one(uri: str) -> bool:
+        match = _FOLDER.match(uri.removeprefix(f"{prefix}/"))
+        return match is not None and int(match["generation"]) > generation
+
     try:
-        count = store.abort_uploads(f"{prefix}/")
+        count = store.abort_uploads(f"{prefix}/", is_of_a_higher_one)
     except TrainingError as error:
         log.warning("Unfinished uploads below %s stay: %s", prefix, error)
     else:

@@ -5,8 +5,8 @@ seals it, uploads it and tells the others through a group of its own; when all h
 ``HEAD``. Saves finish in the order they began, at most as many as there are buffers are under way, and the uploads read the buffers
 directly, so memory is bounded by what was allocated before the first step.
 
-A save fails on all ranks or on none, with the same error. One that fails because the store is away or forbids costs that save and
-nothing else: the next one that is due tries again.
+A save fails on all ranks or on none, with the same error. Whatever is wrong with the store costs that save and nothing else: the
+next one that is due tries again. Only a generation that has been replaced ends (``ENDS_TRAINING``).
 """
 
 import logging
@@ -32,13 +32,18 @@ from finetune_trainer.checkpoint.ranks import Ranks
 from finetune_trainer.checkpoint.retention import delete_checkpoints, delete_orphans
 from finetune_trainer.checkpoint.shard import Layout, chunk_digests, copy_in
 from finetune_trainer.checkpoint.staging import Seal, Slot, Staging
-from finetune_trainer.errors import NoPermission, StorageUnavailable, TrainingError
+from finetune_trainer.errors import Stale, TrainingError
 from finetune_trainer.object_store import ObjectStore
 
 log = logging.getLogger(__name__)
 
-SURVIVED = (StorageUnavailable, NoPermission)
-"""With these a save is lost and training goes on; any other error ends it."""
+ENDS_TRAINING = (Stale,)
+"""Nothing that this generation trains from here on could be committed. Every other failure costs that save and nothing else.
+
+Also a bucket or a ``HEAD`` that somebody deleted, and answers that are no S3 server's: what training holds may then be the only copy
+there is, to end it would lose that too, and the next save finds out whether it was mended. Before training, and where its
+result must be written at last, the same errors do end it.
+"""
 
 NICENESS = 10  # of the background thread, where training needs the processor too
 BEAT_SECONDS = 1.0
