@@ -38,6 +38,9 @@ CLAIMS_FOLDER = "/claims"  # pvc://claim/path is mounted read-only at /claims/cl
 STAGING_FOLDER = "/staging"  # emptyDir in memory: checkpoints on their way to storage, and back after a worker's death
 SHARED_MEMORY_FOLDER = "/dev/shm"  # noqa: S108  emptyDir in memory
 TERMINATION_LOG = "/dev/termination-log"
+# The job's secret once more, as files: the environment of a container keeps what it had at its start, a mounted secret follows.
+CREDENTIALS_FOLDER = "/var/run/secrets/storage"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": False, "AWS_SECRET_ACCESS_KEY": False, "AWS_SESSION_TOKEN": True}  # → optional
 
 # Environment that the operator gives the agent.
 POD_NAME = "FINETUNE_POD_NAME"
@@ -46,6 +49,7 @@ POD_ADDRESS = "FINETUNE_POD_ADDRESS"
 JOB_FILE_VARIABLE = "FINETUNE_JOB_FILE"  # where job.json lies, and ca.crt and recipe.json beside it; default JOB_FILE
 TOKEN_FILE_VARIABLE = "FINETUNE_TOKEN_FILE"  # noqa: S105  default TOKEN_FILE
 TERMINATION_LOG_VARIABLE = "FINETUNE_TERMINATION_LOG"  # default TERMINATION_LOG
+CREDENTIALS_FOLDER_VARIABLE = "FINETUNE_CREDENTIALS_FOLDER"  # default CREDENTIALS_FOLDER
 GRACE_SECONDS = "FINETUNE_GRACE_SECONDS"  # from SIGTERM until workers are killed: the pod's grace period less a margin
 DEFAULT_GRACE_SECONDS = 25
 GRACE_MARGIN_SECONDS = 10  # what the agent keeps of the grace period for its own end

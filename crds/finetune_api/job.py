@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from finetune_api import contract
-from finetune_api.recipe import Recipe
+from finetune_api.recipe import MetricName, Recipe
 from finetune_api.schema import (
     DEFAULT_NOT_STORED,
     ApiModel,
+    ByteRate,
     Bytes,
     CheckpointUri,
     Cores,
@@ -19,6 +20,7 @@ from finetune_api.schema import (
     ImageReference,
     ObjectName,
     Rule,
+    StagingMemory,
     StorageUri,
 )
 from finetune_api.status import JobStatus
@@ -99,7 +101,7 @@ class CheckpointInterval(ApiModel):
     seconds: int | None = Field(default=None, ge=10, le=604800)
     """After every so many seconds, at the next step."""
     auto: Literal[True] | None = None
-    """At the interval that loses least, from measured costs and failures (Young/Daly)."""
+    """At the interval that loses least, from the measured cost of a save and the failures so far (Young/Daly)."""
 
     rules = (
         Rule(
@@ -119,8 +121,15 @@ class Checkpoint(ApiModel):
     """How often to commit a checkpoint; the end of training always commits one. Default: every 600 seconds."""
     keep: int = Field(default=2, ge=1, le=100)
     """How many of the newest checkpoints to keep."""
+    keep_best: MetricName | None = None
+    """Keep the checkpoint with the best value of this metric too, beyond keep. One of recipe.evaluation.metrics."""
     resume_from: CheckpointUri | None = None
-    """Continue from a checkpoint of another job (read-only): s3://bucket/prefix, with @step for a certain step."""
+    """Start from a checkpoint of another job, which is only read: s3://bucket/prefix, with @step for a certain step, else its newest."""
+    staging_memory: StagingMemory = "1Gi"
+    """Memory of each pod for checkpoints on their way to the store, on top of workers.resources.memory. A checkpoint takes 12 bytes
+    for each trained parameter, shared by the nodes; room for two lets training go on while one is uploaded."""
+    upload_bytes_per_second: ByteRate | None = None
+    """The most that each pod uploads in a second, such as 100Mi. Default: as fast as it goes."""
 
 
 class Resources(ApiModel):
@@ -172,6 +181,12 @@ def _unchanged(name: str) -> Rule:
     )
 
 
+def _keeps_a_metric_that_is_measured(spec: "FineTuneJobSpec") -> bool:
+    evaluation = spec.recipe.evaluation if spec.recipe else None
+    metrics = evaluation.metrics if evaluation else []
+    return spec.checkpoint.keep_best is None or spec.checkpoint.keep_best in metrics
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, where it is stored, and on what it runs."""
 
@@ -211,6 +226,19 @@ class FineTuneJobSpec(ApiModel):
             message="storage is required with recipe: checkpoints and the result go there",
             check=lambda spec: spec.recipe is None or spec.storage is not None,
             field="storage",
+        ),
+        Rule(
+            cel="!has(self.checkpoint) || !has(self.checkpoint.keepBest) || (has(self.recipe) && has(self.recipe.evaluation)"
+            " && self.recipe.evaluation.metrics.exists(metric, metric == self.checkpoint.keepBest))",
+            message="keepBest must be one of recipe.evaluation.metrics, which are what is measured",
+            check=_keeps_a_metric_that_is_measured,
+            field="checkpoint.keepBest",
+        ),
+        Rule(
+            cel="!has(self.checkpoint) || !has(self.checkpoint.resumeFrom) || has(self.recipe)",
+            message="resumeFrom is for jobs with a recipe: the checkpoints of a script are its own",
+            check=lambda spec: spec.checkpoint.resume_from is None or spec.recipe is not None,
+            field="checkpoint.resumeFrom",
         ),
         _unchanged("recipe"),
         _unchanged("script"),

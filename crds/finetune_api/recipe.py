@@ -58,6 +58,11 @@ class MetricName(StrEnum):
     MACRO_F1 = "MacroF1"
     PERPLEXITY = "Perplexity"
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger value is the better one; of two checkpoints, say."""
+        return self is not MetricName.PERPLEXITY
+
 
 class OffloadTarget(StrEnum):
     """Where ZeRO keeps what it takes off the device."""

@@ -22,6 +22,8 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
+from finetune_api.quantity import quantity_value
+
 VALIDATIONS = "x-kubernetes-validations"
 # Marks (in json_schema_extra) a default that programs fill in and the API server does not. For a choice of one of several fields that may
 # change later: a stored default would stay beside the field that a user sets instead, and the two would be refused.
@@ -112,16 +114,24 @@ def _quantity_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def quantity(suffix: str, message: str) -> Any:
-    """Return a type of positive quantities; written without quotes they come as integers."""
+def quantity(suffix: str, message: str, *, between: tuple[str, str] | None = None) -> Any:
+    """Return a type of positive quantities, ``between`` two of them if so; written without quotes they come as integers."""
     pattern = re.compile(f"^{_POSITIVE}{suffix}$")
+    least, most = (int(quantity_value(bound)) for bound in between) if between else (None, None)
 
     def check(value: str) -> str:
         if pattern.fullmatch(value) is None:
             raise ValueError(message)
+        if least is not None and most is not None and not least <= quantity_value(value) <= most:
+            raise ValueError(message)
         return value
 
-    cel = "type(self) == int ? self > 0 : self.matches('{}')".format(pattern.pattern.replace("\\", "\\\\"))
+    number, text = "self > 0", "self.matches('{}')".format(pattern.pattern.replace("\\", "\\\\"))
+    if between is not None:
+        number = f"self >= {least} && self <= {most}"
+        text += f" && quantity(self).compareTo(quantity('{between[0]}')) >= 0"
+        text += f" && quantity(self).compareTo(quantity('{between[1]}')) <= 0"
+    cel = f"type(self) == int ? {number} : {text}"
     return Annotated[
         str,
         BeforeValidator(_quantity_as_text),
@@ -167,7 +177,8 @@ StorageUri = matching(
 )
 CheckpointUri = matching(
     f"s3://{BUCKET}(/[A-Za-z0-9_][A-Za-z0-9_.=+,-]*)+(@[0-9]{{1,9}})?",
-    "must be s3://bucket/prefix-of-another-job, with @step for a certain step",
+    "must be s3://bucket/prefix-of-another-job (its uri/namespace/name-uid8), with @step for a certain step; path segments start with a"
+    " letter, digit or underscore ('..', '//', '%' and spaces are refused)",
     max_length=1024,
 )
 ObjectName = matching(
@@ -195,3 +206,13 @@ ImageReference = matching(
 Line = matching("[^\\x00-\\x1f\\x7f]+", "must be one line of text without control characters", max_length=256)
 Cores = quantity("m?", "must be a positive number of cores such as 4, '0.5' or 500m")
 Bytes = quantity("(?:[kMGTP]|[KMGTP]i)?", "must be a positive number of bytes such as 512Mi, 64Gi or 1T")
+StagingMemory = quantity(
+    "(?:[kMGTP]|[KMGTP]i)?",
+    "must be a number of bytes such as 512Mi or 64Gi, at least 1Mi and at most 4Ti",
+    between=("1Mi", "4Ti"),
+)
+ByteRate = quantity(
+    "(?:[kMGTP]|[KMGTP]i)?",
+    "must be a number of bytes per second such as 100Mi or 2G, at least 1Mi and at most 1Ti",
+    between=("1Mi", "1Ti"),
+)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from finetune_api.protocol import ResumeSource
 from finetune_api.schema import StatusModel
 
 
@@ -21,7 +22,11 @@ class JobPhase(StrEnum):
 
 
 class ConditionType(StrEnum):
-    """The conditions of a job. Ready, Reconciling and Stalled follow kstatus."""
+    """The conditions of a job. Ready, Reconciling and Stalled follow kstatus.
+
+    CheckpointsDelayed is True while nothing can be committed or a save that was due has to wait, CheckpointFallback from when a gang
+    could not start from the newest checkpoint until there is a newer one.
+    """
 
     READY = "Ready"
     RECONCILING = "Reconciling"
@@ -29,6 +34,8 @@ class ConditionType(StrEnum):
     SUSPENDED = "Suspended"
     COMPLETE = "Complete"
     FAILED = "Failed"
+    CHECKPOINTS_DELAYED = "CheckpointsDelayed"
+    CHECKPOINT_FALLBACK = "CheckpointFallback"
 
 
 class Condition(StatusModel):
@@ -136,6 +143,46 @@ class JobCheckpoint(StatusModel):
     """Where it is."""
 
 
+class JobSaves(StatusModel):
+    """How saving goes, from rank 0."""
+
+    saving_step: int | None = Field(default=None, ge=0)
+    """Optimizer steps done in the save that is on its way to the store; absent when none is."""
+    saving_since: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """When that save was taken."""
+    put_off: int = Field(default=0, ge=0)
+    """How many saves in a row were due while there was no room for them in the staging memory."""
+    failing_since: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """From when on nothing could be committed; absent when the newest save could, or is the first."""
+    reason: str = Field(default="", max_length=64)
+    """Why nothing can be committed, in one word."""
+    message: str = Field(default="", max_length=2048)
+    """Why nothing can be committed, in a sentence."""
+    stall_seconds: float | None = Field(default=None, ge=0)
+    """How long training stood still for the newest save."""
+    commit_seconds: float | None = Field(default=None, ge=0)
+    """How long after that it was committed."""
+    recommended_interval_seconds: int | None = Field(default=None, ge=0)
+    """The interval between saves that would lose least (Young/Daly)."""
+
+
+class JobResumed(StatusModel):
+    """Where the newest incarnation of the gang that began to train took its state from."""
+
+    generation: int = Field(ge=0)
+    """Which incarnation."""
+    step: int = Field(ge=0)
+    """Optimizer steps done in the state that it started from."""
+    source: ResumeSource
+    """Start: nothing was saved yet. Memory: what was staged in the pods. Storage: a committed checkpoint. OtherJob: checkpoint.resumeFrom."""
+    fallback: str = Field(default="", max_length=2048)
+    """Why newer checkpoints could not be used; empty when the newest could."""
+    rollbacks: int = Field(default=0, ge=0)
+    """How often the job went back because its numbers were not finite or jumped."""
+    skipped_samples: int = Field(default=0, ge=0)
+    """Samples that are left out because of that."""
+
+
 class RestartReason(StatusModel):
     """Restarts for one reason."""
 
@@ -183,6 +230,12 @@ class Attempt(StatusModel):
     """How it ended."""
     signal: int | None = None
     """How it ended."""
+    last_step: int | None = Field(default=None, ge=0)
+    """Optimizer steps done when it ended; absent when it never told of one."""
+    lost_steps: int | None = Field(default=None, ge=0)
+    """How many of them had to be done again: known when a later incarnation has found where it starts."""
+    fallback: str | None = Field(default=None, max_length=2048)
+    """Why it could not start from the newest checkpoint, if so."""
 
 
 class ModelResult(StatusModel):
@@ -213,9 +266,13 @@ class JobStatus(StatusModel):
     """The newest evaluation."""
     checkpoint: JobCheckpoint | None = None
     """The newest committed checkpoint."""
+    saves: JobSaves | None = None
+    """How saving goes."""
+    resumed: JobResumed | None = None
+    """Where the newest incarnation of the gang started."""
     restarts: Restarts | None = None
     """How often the gang was started again."""
     attempts: list[Attempt] = Field(default_factory=list, max_length=10)
-    """The newest ended incarnations of the gang."""
+    """The newest ended incarnations of the gang. Of a row that ended for want of the store or of permission, the first and the newest."""
     model: ModelResult | None = None
     """The result."""

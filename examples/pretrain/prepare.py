@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), train)
         files |= {f"{arguments.model}/{path.name}": path.read_bytes() for path in Path(folder).iterdir()}
-    upload(files, endpoint=arguments.endpoint)
+    upload(files, storage=arguments.storage, endpoint=arguments.endpoint)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         "--model", default="s3://models/python-writer", help="where the model goes (default: %(default)s)"
     )
     parser.add_argument("--data", default="s3://datasets/python", help="where the text goes (default: %(default)s)")
+    parser.add_argument("--storage", default="s3://checkpoints", help="bucket for checkpoints (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -93,14 +94,14 @@ def as_jsonl(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-def upload(files: dict[str, bytes], *, endpoint: str | None) -> None:
+def upload(files: dict[str, bytes], *, storage: str, endpoint: str | None) -> None:
     import boto3
     from botocore.config import Config
 
     client = boto3.client(
         "s3", endpoint_url=endpoint, config=Config(s3={"addressing_style": "path"}) if endpoint else None
     )
-    for bucket in sorted({uri.split("/")[2] for uri in files}):
+    for bucket in sorted({uri.split("/")[2] for uri in (storage, *files)}):
         ensure_bucket(client, bucket)
     for uri, body in files.items():
         _, _, bucket, key = uri.split("/", 3)

@@ -7,7 +7,8 @@ A generation goes through these stages::
 
     RESTING  ->  RUNNING  ->  ENDING  ->  RESTING        ordered away, or all workers ended
                     |-> STOPPING -^                      SIGTERM sent, workers may save until the deadline
-                    |-> FAILING  -^                      a worker ended badly; its peers' echoes are awaited for a moment
+                    |-> FAILING  -^                      a worker ended badly; its peers' echoes are awaited for a moment,
+                                                         or their saves for as long as a grace period
 
 ENDING lasts until no process of it is left; only then may the next one start. A generation all of whose workers ended
 with 0 stays RUNNING with state Succeeded until its launcher ends, for rank 0's launcher holds the store that workers
@@ -23,7 +24,7 @@ from finetune_agent.beats import Levels, WorkerEnded, WorkerStarted
 from finetune_agent.journal import Record
 from finetune_agent.launcher import LauncherEnd
 from finetune_api.contract import MESSAGE_LIMIT, ExitCode
-from finetune_api.protocol import Action, AgentState, Exit, Heartbeat, Order, Progress, Report
+from finetune_api.protocol import Action, AgentState, Exit, Heartbeat, Order, Progress, Report, Saves
 
 LAUNCHER_RANK = -1
 ECHO_SECONDS = 2.0  # after a worker's bad end, for its peers to say how they end
@@ -95,7 +96,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Ask:
-    """Send SIGTERM to these workers."""
+    """Ask these workers to save and end: the file of the contract's SAVE_NOW, and SIGTERM."""
 
     pids: List[int]
 
@@ -158,6 +159,7 @@ class Agent:
         self._done: Set[int] = set()
         self._heartbeat: Optional[Heartbeat] = None
         self._progress: Optional[Progress] = None
+        self._saves: Optional[Saves] = None
         if record.state is AgentState.RUNNING:
             self._fail_forgotten(previous_end)
 
@@ -186,6 +188,8 @@ class Agent:
             progress=self._progress,
             evaluation=self.record.evaluation,
             checkpoint=self.record.checkpoint,
+            saves=self._saves,
+            resumed=self.record.resumed,
             model=self.record.model,
             exits=self.record.exits,
         )
@@ -231,7 +235,8 @@ class Agent:
     def _ask(self, grace_seconds: float) -> None:
         """Ask the workers to save and end. Those that have not begun have nothing to save."""
         running = self._stage in (Stage.RUNNING, Stage.STOPPING, Stage.FAILING)
-        if not running or not self._pids or self.record.state is not AgentState.RUNNING:
+        worth_it = self.record.state is AgentState.RUNNING or self._is_saving()
+        if not running or not self._pids or not worth_it:
             self._end(AgentState.STOPPED)
             return
         deadline = self._now + grace_seconds
@@ -271,11 +276,11 @@ class Agent:
 
     def _start(self, order: Order) -> None:
         first = order.rank * order.processes_per_node
-        self.record = replace(self.record, started=order.generation, state=AgentState.RUNNING, exits=[])
+        self.record = replace(self.record, started=order.generation, state=AgentState.RUNNING, exits=[], resumed=None)
         self._next, self._launcher_end, self._stopping = None, None, False
         self._ranks = range(first, first + order.processes_per_node)
         self._pids, self._done = {}, set()
-        self._heartbeat, self._progress = None, None
+        self._heartbeat, self._progress, self._saves = None, None, None
         self._stage = Stage.RUNNING
         self._effects.append(Start(order))
 
@@ -299,7 +304,7 @@ class Agent:
             self._done.add(end.rank)
         else:
             self._add_exit(end)
-            self._fail(ECHO_SECONDS)
+            self._fail(self._grace_seconds if self._is_saving() else ECHO_SECONDS)
         if self._missing() == 0:
             self._conclude()
 
@@ -315,10 +320,15 @@ class Agent:
             self._deadline = self._now + SETTLE_SECONDS
 
     def _fail(self, seconds: float) -> None:
-        """Tell at once that the generation failed, and wait a moment for more ends."""
+        """Tell at once that the generation failed, and wait a moment for more ends.
+
+        The moment is long after a save: another pod of the gang was asked to stop, and all ranks have agreed to save and leave.
+        """
         if self._stage is Stage.RUNNING:
             self.record = replace(self.record, state=AgentState.FAILED)
             self._stage, self._deadline = Stage.FAILING, self._now + seconds
+        elif self._stage is Stage.FAILING and not self._is_saving():
+            self._deadline = min(self._deadline, self._now + seconds)
 
     def _on_tick(self, _event: Tick) -> None:
         if self._stage is Stage.ENDING:
@@ -353,11 +363,12 @@ class Agent:
     # What is known.
 
     def _on_levels(self, levels: Levels) -> None:
-        self._heartbeat, self._progress = levels.heartbeat, levels.progress
+        self._heartbeat, self._progress, self._saves = levels.heartbeat, levels.progress, levels.saves
         self.record = replace(
             self.record,
             evaluation=levels.evaluation or self.record.evaluation,
             checkpoint=levels.checkpoint or self.record.checkpoint,
+            resumed=levels.resumed or self.record.resumed,
             model=levels.model or self.record.model,
         )
 
@@ -381,6 +392,10 @@ class Agent:
         """Count the local workers whose end is not known."""
         failed = {end.rank for end in self.record.exits if end.rank in self._ranks}
         return len(self._ranks) - len(self._done | failed)
+
+    def _is_saving(self) -> bool:
+        """Tell whether whatever has ended so far has ended after a save."""
+        return bool(self.record.exits) and all(end.exit_code == ExitCode.SAVED for end in self.record.exits)
 
     def _all_saved(self) -> bool:
         saved = [end for end in self.record.exits if end.exit_code == ExitCode.SAVED]

@@ -19,7 +19,19 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Set, Tuple
 
 from finetune_api.contract import MESSAGE_LIMIT
-from finetune_api.protocol import Beat, BeatKind, Checkpoint, Evaluation, Exit, Heartbeat, Model, Progress, from_wire
+from finetune_api.protocol import (
+    Beat,
+    BeatKind,
+    Checkpoint,
+    Evaluation,
+    Exit,
+    Heartbeat,
+    Model,
+    Progress,
+    Resumed,
+    Saves,
+    from_wire,
+)
 
 BEAT_BYTES = 8192
 RECORD_BYTES = 65536
@@ -35,6 +47,8 @@ class Levels:
     progress: Optional[Progress] = None
     evaluation: Optional[Evaluation] = None
     checkpoint: Optional[Checkpoint] = None
+    saves: Optional[Saves] = None
+    resumed: Optional[Resumed] = None
     model: Optional[Model] = None
 
 
@@ -103,7 +117,7 @@ class Board:
         elif beat.failure is not None:
             self._failures[beat.rank] = beat.failure
         else:
-            self.put(beat.generation, **{beat.kind.value: getattr(beat, beat.kind.value)})
+            self.put(beat.generation, **{beat.kind.value: shortened(getattr(beat, beat.kind.value))})
 
     def merged(self, end: Exit) -> Exit:
         """Return a worker's end with its own last words, which know better than its output."""
@@ -122,6 +136,15 @@ def read_beat(datagram: bytes) -> Optional[Beat]:
         return None
     present = {kind for kind in BeatKind if getattr(beat, kind.value) is not None}
     return beat if present == {beat.kind} else None
+
+
+def shortened(level: Any) -> Any:
+    """Return a level with its sentences cut: what a store answers may be long, and the job server refuses what is too long whole."""
+    if isinstance(level, Saves):
+        return replace(level, message=level.message[:MESSAGE_LIMIT])
+    if isinstance(level, Resumed):
+        return replace(level, fallback=level.fallback[:MESSAGE_LIMIT])
+    return level
 
 
 class Listener:

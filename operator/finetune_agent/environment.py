@@ -14,15 +14,19 @@ LAUNCHER_NAMES = (
     *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 )
 LAUNCHER_PREFIXES = ("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_", "KUBEFLOW_TRAINER_")
-AGENT_NAMES = (contract.POD_UID, contract.POD_ADDRESS, contract.TOKEN_FILE_VARIABLE, contract.TERMINATION_LOG_VARIABLE)
+AGENT_NAMES = (
+    *(contract.POD_UID, contract.POD_ADDRESS, contract.TOKEN_FILE_VARIABLE, contract.TERMINATION_LOG_VARIABLE),
+    contract.CREDENTIALS_FOLDER_VARIABLE,
+)
 SHUTDOWN_SECONDS = "5"  # torchrun waits 30 between SIGTERM and SIGKILL unless told
 CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Where workers reach their agent."""
+    """Where workers reach their agent, and it them."""
 
+    save_now: str
     progress_socket: str
     exits_socket: str
     kubeflow_url: str
@@ -30,18 +34,32 @@ class Endpoints:
 
 
 def worker_environment(
-    base: Mapping[str, str], *, order: Order, endpoints: Endpoints, job_file: str, recipe_file: str, cpus: float
+    base: Mapping[str, str],
+    *,
+    order: Order,
+    endpoints: Endpoints,
+    job_file: str,
+    recipe_file: str,
+    credentials: Optional[Mapping[str, str]],
+    cpus: float,
 ) -> Dict[str, str]:
-    """Return the whole environment of launcher and workers. What ``base`` sets for OMP_NUM_THREADS stays."""
+    """Return the whole environment of launcher and workers. What ``base`` sets for OMP_NUM_THREADS stays.
+
+    ``credentials`` take the place of all those that ``base`` holds.
+    """
     from finetune_agent.worker import EXITS_SOCKET
 
     environment = {name: value for name, value in base.items() if not _is_ours(name)}
+    if credentials is not None:
+        environment = {name: value for name, value in environment.items() if name not in contract.CREDENTIALS}
+        environment.update(credentials)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus / order.processes_per_node))))
     environment.setdefault("PYTHONUNBUFFERED", "1")
     environment.update(
         {
             contract.GENERATION: str(order.generation),
             contract.EXPECTED_WORLD_SIZE: str(order.nodes * order.processes_per_node),
+            contract.SAVE_NOW: endpoints.save_now,
             contract.PROGRESS_SOCKET: endpoints.progress_socket,
             contract.JOB_FILE_VARIABLE: job_file,
             contract.RECIPE_FILE_VARIABLE: recipe_file,
@@ -53,6 +71,23 @@ def worker_environment(
     )
     _keep_loopback_from_proxies(environment)
     return environment
+
+
+def read_credentials(folder: Path) -> Optional[Dict[str, str]]:
+    """Return the job's secret as it is now, or None where it is not mounted, is gone or lacks something.
+
+    The kubelet swaps a whole new set of files in by one link, ``..data``: following it once keeps old and new from being mixed.
+    """
+    data = folder / "..data"
+    folder = data.resolve() if data.exists() else folder
+    found = {}
+    for name, is_optional in contract.CREDENTIALS.items():
+        try:
+            found[name] = (folder / name).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            if not is_optional:
+                return None
+    return found
 
 
 def _is_ours(name: str) -> bool:

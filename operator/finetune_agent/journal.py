@@ -11,17 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional
 
-from finetune_api.protocol import AgentState, Checkpoint, Evaluation, Exit, Model, from_wire, to_wire
+from finetune_api.protocol import AgentState, Checkpoint, Evaluation, Exit, Model, Resumed, from_wire, to_wire
 
 
 @dataclass(frozen=True)
 class Record:
-    """``started`` is the newest generation started, ``obeyed`` the newest that any order named; the rest is for reports."""
+    """``started`` is the newest generation started, ``obeyed`` the newest that any order named; the rest is for reports.
+
+    ``exits`` and ``resumed`` are of the newest generation started, what is committed or evaluated is of any.
+    """
 
     started: int = 0
     obeyed: int = 0
     state: AgentState = AgentState.IDLE
     exits: List[Exit] = field(default_factory=list)
+    resumed: Optional[Resumed] = None
     evaluation: Optional[Evaluation] = None
     checkpoint: Optional[Checkpoint] = None
     model: Optional[Model] = None

@@ -48,6 +48,7 @@ from finetune_api.protocol import AgentState, Order
 BUG = 70  # sysexits' EX_SOFTWARE; no verdict, so the stub starts another agent
 TICK_SECONDS = 0.05
 KILL_SECONDS = 0.5  # for one try; the next comes with the next tick
+SAVE_NOW_FILE = "save-now"  # in the folder of a generation
 FLUSH_SECONDS = 3.0  # for the last report, once the container's end is decided
 
 
@@ -74,6 +75,7 @@ class Loop:
         self._board = Board(lambda: self._events.put(LevelsChanged()))
         self._listener = Listener(settings.folder, self._board, self._events.put)
         self._kubeflow = KubeflowServer(self._board)
+        self._save_now = settings.folder / SAVE_NOW_FILE
         access = Access(settings.job.job_server, settings.pod_uid, settings.ca_file, settings.token_file)
         orders = Orders(lambda order: self._events.put(Ordered(order)))
         self._poller = Poller(HttpsJobServer(access), orders)
@@ -137,14 +139,21 @@ class Loop:
         if isinstance(effect, Start):
             return self._start(effect.order)
         if isinstance(effect, Ask):
-            for pid in effect.pids:
-                processes.send_signal(pid, signal.SIGTERM)
-            return None
+            return self._ask(effect)
         assert isinstance(effect, Kill)
         spare = (os.getpid(),)
         return (
             None if processes.kill_descendants(self._stub_pid, spare=spare, patience_seconds=KILL_SECONDS) else Gone()
         )
+
+    def _ask(self, effect: Ask) -> None:
+        """The file first: a worker that the signal wakes may look for it at once."""
+        try:
+            self._save_now.touch()
+        except OSError as error:
+            say("workers that cannot take signals are not told to save: " + str(error))
+        for pid in effect.pids:
+            processes.send_signal(pid, signal.SIGTERM)
 
     def _persist(self, effect: Persist) -> Any:
         try:
@@ -168,9 +177,11 @@ class Loop:
 
     def _prepare(self, order: Order) -> Launch:
         folder = self._make_folder(order.generation)
+        self._save_now = folder / SAVE_NOW_FILE
         first = order.rank * order.processes_per_node
         self._board.begin(order.generation, range(first, first + order.processes_per_node))
         endpoints = environment.Endpoints(
+            save_now=str(self._save_now),
             progress_socket=self._listener.progress_path,
             exits_socket=self._listener.exits_path,
             kubeflow_url=self._kubeflow.url,
@@ -182,11 +193,13 @@ class Loop:
             endpoints=endpoints,
             job_file=str(self._settings.job_file),
             recipe_file=str(self._settings.recipe_file),
+            credentials=environment.read_credentials(self._settings.credentials_folder),
             cpus=environment.available_cpus(),
         )
         return Launch(order, list(self._settings.job.command), variables, folder, self._settings.address)
 
     def _make_folder(self, generation: int) -> Path:
+        """Make a generation's own folder; with those before it goes all that was meant for them."""
         for old in self._settings.folder.glob("g*"):
             shutil.rmtree(str(old), ignore_errors=True)
         folder = self._settings.folder / ("g" + str(generation))

@@ -21,7 +21,7 @@ from finetune_agent.stub import say
 from finetune_api.contract import ORDER_PATH, ORDER_POLL_SECONDS, REPORT_BYTES_LIMIT, REPORT_PATH
 from finetune_api.protocol import Action, Exit, Order, Report, from_wire, to_wire
 
-PROGRESS_SECONDS = 2.0  # progress and heartbeats are posted at most this often
+PROGRESS_SECONDS = 2.0  # progress, heartbeats and how saving goes are posted at most this often
 SILENCE_SECONDS = 10.0  # and something is posted at least this often
 REPORT_SECONDS = 10.0  # for one answer to a report
 POLL_MARGIN_SECONDS = 10.0  # for an answer to a poll, beyond the server's own wait
@@ -273,7 +273,7 @@ class Reporter:
 
 def facts(report: Report) -> Report:
     """Return the part of a report that may not wait."""
-    return replace(report, heartbeat=None, progress=None)
+    return replace(report, heartbeat=None, progress=None, saves=None)
 
 
 def fit(report: Report) -> bytes:

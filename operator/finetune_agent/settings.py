@@ -21,6 +21,7 @@ class Settings:
     folder: Path
     job_file: Path
     token_file: Path
+    credentials_folder: Path
     termination_log: Path
     grace_seconds: float
 
@@ -54,6 +55,7 @@ def read_settings(environment: Mapping[str, str], agent_file: str) -> Settings:
         folder=folder,
         job_file=job_file,
         token_file=Path(environment.get(contract.TOKEN_FILE_VARIABLE, contract.TOKEN_FILE)),
+        credentials_folder=Path(environment.get(contract.CREDENTIALS_FOLDER_VARIABLE, contract.CREDENTIALS_FOLDER)),
         termination_log=Path(environment.get(contract.TERMINATION_LOG_VARIABLE, contract.TERMINATION_LOG)),
         grace_seconds=float(environment.get(contract.GRACE_SECONDS, contract.DEFAULT_GRACE_SECONDS)),
     )

@@ -97,11 +97,14 @@ class Reconciler:
         # An owner reference is anybody's to write: a pod of another namespace has no place here.
         pods = tuple(pod for pod in self._cache.pods_of(job.metadata.uid) if pod.namespace == job.metadata.namespace)
         heard = self._reports.heard
+        uids = {pod.uid for pod in pods}
+        if job.status is not None and job.status.gang is not None:
+            uids |= {member.uid for member in job.status.gang.members}  # the last word of one that is gone counts
         return Observation(
             job=job,
             pods=pods,
-            heard={pod.uid: heard[pod.uid] for pod in pods if pod.uid in heard},
-            problem=find_problem(job.spec, self._settings),
+            heard={uid: heard[uid] for uid in uids if uid in heard},
+            problem=find_problem(job, self._settings),
             obstacle=self._obstacles.get(job.metadata.uid),
             now=self._clock(),
         )

@@ -6,18 +6,19 @@ FINETUNE_OPERATOR_CONFIG   path of the file, default /etc/finetune-operator/conf
 import os
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field
 
 from finetune_api.contract import JOB_SERVER_PORT
-from finetune_api.schema import ApiModel
-from finetune_operator.render.quantity import quantity_value
+from finetune_api.quantity import quantity_value
+from finetune_api.schema import ApiModel, StorageUri
 
 CONFIG_VARIABLE = "FINETUNE_OPERATOR_CONFIG"
 CONFIG_FILE = "/etc/finetune-operator/config.yaml"
 AMAZON_S3 = "amazon-s3"  # in allowedEndpoints: jobs without an endpoint of their own
+ANYWHERE = "*"  # in allowedResumePrefixes: wherever the store lets the job's credentials read
 
 
 def _checked_network(text: str) -> str:
@@ -73,6 +74,8 @@ class Settings(ApiModel):
     """Namespaces to serve; empty means all."""
     allowed_endpoints: tuple[str, ...] = (AMAZON_S3,)
     """Endpoints that jobs may name; amazon-s3 stands for jobs that name none."""
+    allowed_resume_prefixes: tuple[Literal["*"] | StorageUri, ...] = ()
+    """Where else checkpoint.resumeFrom may point, besides the job's own storage.uri/namespace/; * means anywhere."""
     storage_cidrs: tuple[Cidr, ...] = ("0.0.0.0/0",)
     """Where training pods may connect to the store; link-local addresses never."""
     profiles: dict[str, Profile]

@@ -1,7 +1,8 @@
 """One status write, only if something differs, always against the version that it was computed from.
 
 Progress alone is written at most every ``progress_seconds`` for a job and ``PROGRESS_WRITES_PER_SECOND`` times a second in all: etcd keeps
-every version of an object. Whatever else changes is written at once, and takes the newest progress along.
+every version of an object. So is how saving goes, and where a generation started, with what those before it have lost by that. Whatever
+else changes is written at once, and takes the newest of these along.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from finetune_operator.kube.api import JOBS, KubeApi
 from finetune_operator.merge_patch import merge_patch
 
 PROGRESS_WRITES_PER_SECOND = 20.0
+# An attempt is added beside a new generation or the job's end, which are written at once: alone, only its lost steps are new.
+CAN_WAIT = frozenset({"progress", "saves", "resumed", "attempts"})
 
 
 class StatusWriter:
@@ -38,7 +41,7 @@ class StatusWriter:
         patch = merge_patch(old, status.to_wire())
         if not patch:
             return None
-        wait = self._wait_seconds(job.metadata.uid, now) if patch.keys() <= {"progress"} else 0.0
+        wait = self._wait_seconds(job.metadata.uid, now) if patch.keys() <= CAN_WAIT else 0.0
         if wait > 0:
             return wait
         metadata = job.metadata

@@ -42,6 +42,7 @@ class PodView:
     reason: str = ""
     message: str = ""
     deleting: bool = False
+    grace_ends: str = ""  # when a pod that is being deleted is killed
     scheduled: bool = False
     unschedulable: str = ""
     disruption: str = ""
@@ -84,6 +85,7 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         deleting="deletionTimestamp" in metadata,
+        grace_ends=metadata.get("deletionTimestamp", ""),
         scheduled=scheduled.get("status") == "True",
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
         disruption=conditions.get("DisruptionTarget", {}).get("reason", ""),

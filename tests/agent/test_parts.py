@@ -8,12 +8,29 @@ import socket
 import pytest
 
 from finetune_agent import environment, ports, processes, worker
-from finetune_agent.beats import Board
+from finetune_agent.beats import Board, Levels
 from finetune_agent.launcher import bracketed
 from finetune_agent.reporting import Backoff, Orders, Reporter, Unavailable, encode, fit
 from finetune_agent.worker import Printer
-from finetune_api.contract import REPORT_BYTES_LIMIT
-from finetune_api.protocol import Action, AgentState, Exit, Heartbeat, Order, Phase, Progress, Report, from_wire
+from finetune_api.contract import MESSAGE_LIMIT, REPORT_BYTES_LIMIT
+from finetune_api.protocol import (
+    Action,
+    AgentState,
+    Beat,
+    BeatKind,
+    Checkpoint,
+    Exit,
+    Heartbeat,
+    Order,
+    Phase,
+    Progress,
+    Report,
+    Resumed,
+    ResumeSource,
+    Saves,
+    from_wire,
+    to_wire,
+)
 
 
 @pytest.fixture
@@ -131,6 +148,8 @@ def test_orders_are_news_once_and_never_go_back_but_for_finish():
         (report(), report(exits=[Exit(1, 0, 1)]), 0),
         (report(), report(progress=Progress(3)), 2),
         (report(), report(heartbeat=Heartbeat(Phase.TRAINING, 3)), 2),
+        (report(), report(saves=Saves(saving_step=3)), 2),
+        (report(), report(resumed=Resumed(3, ResumeSource.STORAGE)), 0),
         (report(), report(), 10),
     ],
 )
@@ -159,6 +178,75 @@ def test_levels_nudge_once_until_they_are_taken():
     board.put(1, progress=Progress(100))
     board.put(0, progress=Progress(101))
     assert (len(nudges), board.take().progress) == (2, Progress(100))
+
+
+LEVELS = {
+    BeatKind.HEARTBEAT: Heartbeat(Phase.TRAINING, 3),
+    BeatKind.PROGRESS: Progress(3),
+    BeatKind.CHECKPOINT: Checkpoint(3, "s3://b/c", 1, "2026-01-01T00:00:00Z"),
+    BeatKind.SAVES: Saves(saving_step=4, put_off=2, stall_seconds=0.25),
+    BeatKind.RESUMED: Resumed(2, ResumeSource.MEMORY, skipped_samples=8, rollbacks=1),
+}
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+def test_what_a_worker_tells_is_a_level_until_the_next_generation(kind):
+    board = Board(lambda: None)
+    board.begin(1, range(1))
+    beat = Beat(kind, 0, 1, **{kind.value: LEVELS[kind]})
+    board.hear(json.dumps(to_wire(beat)).encode())
+    assert board.take() == Levels(**{kind.value: LEVELS[kind]})
+    board.begin(2, range(1))
+    assert board.take() == Levels()
+
+
+def test_beat_and_report_carry_the_same_levels():
+    names = {kind.value for kind in BeatKind} - {"failure"}
+    assert names == set(Levels.__dataclass_fields__)
+    for message in (Beat, Report):
+        assert names <= set(message.__dataclass_fields__)
+
+
+def test_a_long_answer_of_a_store_is_cut_before_the_job_server_has_to_refuse_it():
+    board = Board(lambda: None)
+    board.begin(1, range(1))
+    for kind, level in (
+        ("saves", {"message": "x" * 4000}),
+        ("resumed", {"step": 1, "source": "Storage", "fallback": "y" * 4000}),
+    ):
+        board.hear(json.dumps({"kind": kind, "rank": 0, "generation": 1, kind: level}).encode())
+    levels = board.take()
+    assert (len(levels.saves.message), len(levels.resumed.fallback)) == (MESSAGE_LIMIT, MESSAGE_LIMIT)
+
+
+SECRET = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+
+
+@pytest.mark.parametrize(
+    ("files", "credentials"),
+    [
+        pytest.param(SECRET, SECRET, id="a secret as it is"),
+        pytest.param(
+            {**SECRET, "AWS_SESSION_TOKEN": "t"}, {**SECRET, "AWS_SESSION_TOKEN": "t"}, id="with a session token"
+        ),
+        pytest.param({**SECRET, "OTHER": "x"}, SECRET, id="and nothing else of it"),
+        pytest.param({"AWS_ACCESS_KEY_ID": "key"}, None, id="half a secret is none"),
+        pytest.param({}, None, id="a secret that is gone"),
+    ],
+)
+@pytest.mark.parametrize("swapped", [True, False], ids=["as a kubelet mounts it", "as plain files"])
+def test_the_credentials_of_a_generation_are(tmp_path, files, credentials, swapped):
+    folder = tmp_path / "..2026" if swapped else tmp_path
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    if swapped:
+        (tmp_path / "..data").symlink_to("..2026")
+    assert environment.read_credentials(tmp_path) == credentials
+
+
+def test_no_secret_is_mounted_for_a_job_that_names_none(tmp_path):
+    assert environment.read_credentials(tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize(("address", "written"), [("10.0.0.1", "10.0.0.1"), ("::1", "[::1]"), ("[::1]", "[::1]")])

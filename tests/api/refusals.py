@@ -44,6 +44,8 @@ LORA_ONLY = ("rank, alpha, dropout and targets are not allowed for any other met
 STEPS_OR_EPOCHS = ("exactly one of epochs and steps must be set",)
 INTERVAL = ("exactly one of steps, seconds and auto must be set",)
 JOB_NAME = ("DNS label", "40 characters")
+RESUME_FROM = ("s3://bucket/prefix-of-another-job", "@step", "'..'", "'%'")
+STAGING, BYTE_RATE = ("at least 1Mi", "at most 4Ti"), ("bytes per second", "at least 1Mi", "at most 1Ti")
 CORES, BYTES = ("positive number of cores", "500m"), ("positive number of bytes", "64Gi")
 
 
@@ -91,6 +93,19 @@ def cores(because: str, quantity: object) -> Wrong:
 
 def memory(because: str, quantity: object) -> Wrong:
     return Wrong(because, {"spec.workers.resources.memory": quantity}, "spec.workers.resources.memory", BYTES)
+
+
+def resume_from(because: str, uri: str) -> Wrong:
+    return Wrong(because, {"spec.checkpoint.resumeFrom": uri}, "spec.checkpoint.resumeFrom", RESUME_FROM)
+
+
+def staging(because: str, quantity: object) -> Wrong:
+    return Wrong(because, {"spec.checkpoint.stagingMemory": quantity}, "spec.checkpoint.stagingMemory", STAGING)
+
+
+def byte_rate(because: str, quantity: object) -> Wrong:
+    path = "spec.checkpoint.uploadBytesPerSecond"
+    return Wrong(because, {path: quantity}, path, BYTE_RATE)
 
 
 def name(because: str, job_name: str) -> Wrong:
@@ -299,8 +314,38 @@ WRONG: tuple[Wrong, ...] = (
     Wrong("no checkpoint interval in an interval", {"spec.checkpoint.interval": {}}, "spec.checkpoint.interval", INTERVAL),
     Wrong("a checkpoint every second", {"spec.checkpoint.interval": {"seconds": 1}}, "spec.checkpoint.interval.seconds", ("greater than or equal to 10",)),
     Wrong("no checkpoint kept", {"spec.checkpoint.keep": 0}, "spec.checkpoint.keep", ("greater than or equal to 1",)),
-    Wrong("continuing from a file", {"spec.checkpoint.resumeFrom": "file:///checkpoints/a"}, "spec.checkpoint.resumeFrom", ("s3://bucket/prefix-of-another-job", "@step")),
-    Wrong("continuing from a step that is no number", {"spec.checkpoint.resumeFrom": "s3://checkpoints/a@last"}, "spec.checkpoint.resumeFrom", ("@step",)),
+    resume_from("continuing from a file", "file:///checkpoints/a"),
+    resume_from("continuing from a step that is no number", "s3://checkpoints/a@last"),
+    resume_from("continuing from two steps", "s3://checkpoints/a@1@2"),
+    resume_from("continuing from a negative step", "s3://checkpoints/a@-1"),
+    resume_from("continuing from a whole bucket", "s3://checkpoints"),
+    resume_from("continuing from a bucket at a step", "s3://checkpoints@5"),
+    resume_from("continuing from a bucket in upper case", "s3://Checkpoints/a"),
+    resume_from("continuing from above the bucket", "s3://checkpoints/../secrets"),
+    resume_from("continuing from an encoded way up", "s3://checkpoints/%2e%2e/secrets"),
+    resume_from("continuing from a doubled slash", "s3://checkpoints//a"),
+    resume_from("continuing from a trailing slash", "s3://checkpoints/a/"),
+    resume_from("continuing from two lines", "s3://checkpoints/a\n@5"),
+    Wrong(
+        "a script that continues from a checkpoint of ours", {"spec.checkpoint.resumeFrom": "s3://checkpoints/a"}, "spec.checkpoint.resumeFrom",
+        ("the checkpoints of a script are its own",), start=script_job(),
+    ),
+    Wrong("the best by a metric that is not measured", {"spec.recipe.evaluation.metrics": ["Accuracy"], "spec.checkpoint.keepBest": "MacroF1"}, "spec.checkpoint.keepBest", ("keepBest must be one of recipe.evaluation.metrics",)),
+    Wrong("the best by a metric of another task", {"spec.checkpoint.keepBest": "Perplexity"}, "spec.checkpoint.keepBest", ("keepBest must be one of recipe.evaluation.metrics",)),
+    Wrong("the best without an evaluation", nothing_but() | {"spec.checkpoint.keepBest": "Accuracy"}, "spec.checkpoint.keepBest", ("keepBest must be one of recipe.evaluation.metrics",)),
+    Wrong("the best of a script", {"spec.checkpoint.keepBest": "Accuracy"}, "spec.checkpoint.keepBest", ("keepBest must be one of recipe.evaluation.metrics",), start=script_job()),
+    Wrong("the best by a metric in lower case", {"spec.checkpoint.keepBest": "accuracy"}, "spec.checkpoint.keepBest", ("Accuracy", "MacroF1", "Perplexity")),
+    staging("no memory for staging", 0),
+    staging("staging in words", "none"),
+    staging("staging with an unknown unit", "1GB"),
+    staging("staging in less than any checkpoint takes", "1023Ki"),
+    staging("staging in less, as a number", 1048575),
+    staging("staging in more than any machine has", "5Ti"),
+    staging("staging in more, as a number", 2**42 + 1),
+    byte_rate("an upload that never moves", "0"),
+    byte_rate("an upload of a byte a second", 1),
+    byte_rate("an upload in bits", "100Mbit"),
+    byte_rate("an upload faster than any network", "2P"),
     # Script
     Wrong("an empty command", {"spec.script.command": []}, "spec.script.command", ("at least 1 item",), start=script_job()),
     Wrong("an empty word in a command", {"spec.script.command": ["python", ""]}, "spec.script.command[1]", ("at least 1 char",), start=script_job()),

@@ -28,6 +28,8 @@ fractions = st.floats(min_value=0, max_value=1, exclude_max=True)
 counts = st.integers(min_value=1, max_value=100_000_000)
 cores = st.one_of(st.integers(1, 512), st.sampled_from(["1", "0.5", "500m", "1.25"]))
 memory = st.one_of(st.integers(1, 2**50), st.sampled_from(["512Mi", "64Gi", "1T", "1.5Gi", "1000000k"]))
+staging = st.one_of(st.integers(2**20, 2**42), st.sampled_from(["1Mi", "4Ti", "1.5Gi", "2000000k", "1048576"]))
+byte_rates = st.one_of(st.integers(2**20, 2**40), st.sampled_from(["1Mi", "1Ti", "0.5Gi", "100M"]))
 environment_names = st.from_regex(r"[A-Z_][A-Z0-9_]{0,20}", fullmatch=True).map(lambda name: f"MY_{name}")
 
 
@@ -137,14 +139,14 @@ scripts = optional(
         unique_by=lambda variable: variable["name"],
     ),
 )
+intervals = one_of(steps=counts, seconds=st.integers(10, 604800), auto=st.just(True))
+checkpoints = optional(
+    {}, interval=intervals, keep=st.integers(1, 100), stagingMemory=staging, uploadBytesPerSecond=byte_rates
+)
+resumptions = st.sampled_from(["s3://checkpoints/team-a/job-1", "s3://checkpoints/team-a/job-1@100"])
 rests = optional(
     {},
-    checkpoint=optional(
-        {},
-        interval=one_of(steps=counts, seconds=st.integers(10, 604800), auto=st.just(True)),
-        keep=st.integers(1, 100),
-        resumeFrom=st.sampled_from(["s3://checkpoints/team-a/job-1", "s3://checkpoints/team-a/job-1@100"]),
-    ),
+    checkpoint=checkpoints,
     workers=optional(
         {},
         nodes=st.integers(1, 2048),
@@ -166,7 +168,17 @@ def jobs() -> st.SearchStrategy[Json]:
     """Whole manifests that are right."""
     with_recipe = st.fixed_dictionaries({"recipe": recipes(), "storage": storages})
     with_script = optional({"script": scripts}, storage=storages)
-    return st.builds(_job, names, merged(st.one_of(with_recipe, with_script), rests))
+    return st.builds(_job, names, st.one_of(_of_a_recipe(merged(with_recipe, rests)), merged(with_script, rests)))
+
+
+@st.composite
+def _of_a_recipe(draw: st.DrawFn, specs: st.SearchStrategy[Json]) -> Json:
+    """Add what only a job with a recipe may ask of its checkpoints."""
+    spec = draw(specs)
+    metrics = spec["recipe"].get("evaluation", {}).get("metrics", [])
+    best = {"keepBest": st.sampled_from(metrics)} if metrics else {}
+    more = draw(optional({}, resumeFrom=resumptions, **best))
+    return spec | ({"checkpoint": spec.get("checkpoint", {}) | more} if more else {})
 
 
 @st.composite

@@ -103,6 +103,9 @@ CHANGES = (
     Change("more nodes", {"workers": {"nodes": 4}}),
     Change("more memory", {"workers": {"resources": {"memory": "6Gi"}}}),
     Change("another checkpoint interval", {"checkpoint": {"interval": {"steps": None, "seconds": 60}}}),
+    Change("another metric to keep the best by", {"checkpoint": {"keepBest": "MacroF1"}}),
+    Change("a metric to keep the best by that is not measured", {"checkpoint": {"keepBest": "Perplexity"}}, "spec.checkpoint.keepBest", "one of recipe.evaluation.metrics"),
+    Change("another size of staging and pace of uploads", {"checkpoint": {"stagingMemory": "2Gi", "uploadBytesPerSecond": "100Mi"}}),
     Change("no checkpoint settings any more", {"checkpoint": None}),
     Change("more restarts", {"recovery": {"maxRestarts": 20}}),
     Change("a deadline", {"activeDeadlineSeconds": 3600, "ttlSecondsAfterFinished": 60, "podTTLSecondsAfterFinished": 0}),
@@ -140,7 +143,8 @@ def test_the_checkpoint_interval_changes_with_a_plain_apply(api: ApiServer) -> N
     try:
         for interval in ({"steps": 50}, {"seconds": 60}, {"auto": True}):
             job["spec"]["checkpoint"] = {"interval": interval}
-            assert api.apply(job)["spec"]["checkpoint"] == {"interval": interval, "keep": 2}
+            defaults = {"keep": 2, "stagingMemory": "1Gi"}
+            assert api.apply(job)["spec"]["checkpoint"] == {"interval": interval} | defaults
     finally:
         api.delete(job)
 

@@ -89,7 +89,7 @@ def test_the_api_server_fills_in_the_defaults(api: ApiServer) -> None:
             "zero": {"stage": 2, "offload": {"optimizer": "None", "parameters": "None"}},
         },
         "storage": {"uri": "s3://checkpoints"},
-        "checkpoint": {"keep": 2},
+        "checkpoint": {"keep": 2, "stagingMemory": "1Gi"},
         "workers": {
             "nodes": 1,
             "resources": {"cpu": "1", "memory": "4Gi", "gpus": 0},

@@ -74,7 +74,16 @@ def test_the_operator_reads_its_configuration(name: str) -> None:
             "service": RELEASE,
             "operatorImage": values["image"]["reference"],
             "operatorImagePullPolicy": values["image"].get("pullPolicy") or None,
-            **{field: values[field] for field in ("watchNamespaces", "allowedEndpoints", "storageCidrs", "profiles")},
+            **{
+                field: values[field]
+                for field in (
+                    "watchNamespaces",
+                    "allowedEndpoints",
+                    "allowedResumePrefixes",
+                    "storageCidrs",
+                    "profiles",
+                )
+            },
             **{field: values[field] for field in ("workers", "progressSeconds")},
         }
     )

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from finetune_api.status import ConditionType
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import submit
 from tests.cluster.training_inputs import BUCKET, make_namespace, make_secret, put_data, recipe_spec
 
-CONDITIONS = ["Ready", "Reconciling", "Stalled", "Suspended", "Complete", "Failed"]
+CONDITIONS = [kind.value for kind in ConditionType]
 
 
 def test_a_job_trains_on_two_nodes_and_leaves_a_model_that_loads(

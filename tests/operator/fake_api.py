@@ -8,13 +8,17 @@ import base64
 import copy
 import json
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_operator.kube.api import ACCESS_REVIEWS, CONFIG_MAPS, JOBS, PODS, Resource
 from finetune_operator.kube.errors import Conflict, Invalid, KubeError, NotFound, Unavailable
 from finetune_operator.kube_object import KubeObject
+from finetune_operator.plan.observation import timestamp
+from tests.operator.documents import NOON
 
+POD_GRACE_SECONDS = 60
 Key = tuple[str, str, str]  # plural, namespace, name
 
 
@@ -48,6 +52,7 @@ class FakeKubeApi:
         self.crash_after: int | None = None  # so many more writes are done, and then the process dies
         self.fail_next: str | None = None  # the next write gets no answer: "lost" has done it, "refused" has not
         self.refuse_pods: dict[str, KubeError] = {}  # by rank
+        self.clock: Callable[[], datetime] = lambda: NOON
         self._resource_version = 100
         self._uids = 0
 
@@ -126,7 +131,7 @@ class FakeKubeApi:
                 raise Conflict("another object of this name", status=409)
             if resource is PODS:
                 body = copy.deepcopy(body)
-                body["metadata"]["deletionTimestamp"] = "now"
+                body["metadata"]["deletionTimestamp"] = timestamp(self.clock() + timedelta(seconds=POD_GRACE_SECONDS))
                 self.store(PODS, body, "MODIFIED")
             else:
                 self.remove(resource, namespace, name)

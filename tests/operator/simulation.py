@@ -10,8 +10,23 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+from finetune_api.contract import ExitCode
 from finetune_api.job import parse_job
-from finetune_api.protocol import Action, AgentState, Exit, Heartbeat, Order, Phase, Progress, Report
+from finetune_api.protocol import (
+    Action,
+    AgentState,
+    Checkpoint,
+    Exit,
+    Heartbeat,
+    Order,
+    Phase,
+    Progress,
+    Report,
+    Resumed,
+    ResumeSource,
+    Saves,
+)
+from finetune_api.status import ConditionType
 from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.api import JOBS, PODS
@@ -36,7 +51,11 @@ class SimulatedAgent:
     state: AgentState = AgentState.IDLE
     exits: list[Exit] = field(default_factory=list)
     finished: bool = False
+    leaving: bool = False
     rank: int = 0
+    checkpoint: Checkpoint | None = None
+    saves_now: Saves | None = None
+    resumed: Resumed | None = None
 
     def report(self) -> Report:
         running = self.state == AgentState.RUNNING
@@ -50,11 +69,14 @@ class SimulatedAgent:
             port=29500 + self.instance,
             heartbeat=Heartbeat(Phase.TRAINING, self.started) if running else None,
             progress=Progress(step=self.started) if running and self.rank == 0 else None,
+            checkpoint=self.checkpoint,
+            saves=self.saves_now,
+            resumed=self.resumed,
             exits=list(self.exits),
         )
 
     def obey(self, order: Order) -> bool:
-        """Take an order, and tell whether a generation is started by it."""
+        """Take an order, and tell whether a generation is started by it. After SIGTERM nothing starts."""
         if order.action == Action.FINISH:
             self.finished = True
             return False
@@ -63,8 +85,10 @@ class SimulatedAgent:
         self.obeyed = order.generation
         if order.generation > self.started and self.state == AgentState.RUNNING:
             self.state = AgentState.STOPPED
-        if order.action == Action.RUN and order.generation > self.started:
+        if order.action == Action.RUN and order.generation > self.started and not self.leaving:
             self.started, self.rank, self.state, self.exits = order.generation, order.rank, AgentState.RUNNING, []
+            self.saves_now = None
+            self.resumed = Resumed(self.started - 1, ResumeSource.STORAGE) if self.rank == 0 else None
             return True
         return False
 
@@ -72,6 +96,12 @@ class SimulatedAgent:
         if self.state == AgentState.RUNNING:
             self.state = AgentState.FAILED
             self.exits = [Exit(self.started, self.rank, exit_code, signal, message)]
+
+    def saves(self) -> None:
+        """The workers leave after a save that all ranks have agreed on, for one pod was asked to go."""
+        if self.state == AgentState.RUNNING:
+            self.state = AgentState.STOPPED if self.leaving else AgentState.FAILED
+            self.exits = [Exit(self.started, self.rank, ExitCode.SAVED)]
 
     def begins_anew(self) -> None:
         """A new instance of the agent answers for what ran under the old one."""
@@ -87,6 +117,7 @@ class Cluster:
     def __init__(self, spec: str = "", nodes: int = 2) -> None:
         self.api = FakeKubeApi()
         self.now = NOON
+        self.api.clock = self.clock
         self.agents: dict[str, SimulatedAgent] = {}
         self.told: defaultdict[int, set[tuple[int, str, int, str, int]]] = defaultdict(set)
         self.started: defaultdict[int, list[str]] = defaultdict(list)
@@ -218,11 +249,27 @@ class Cluster:
         for pod in self.pods():
             uid, phase = pod["metadata"]["uid"], pod["status"].get("phase")
             if "deletionTimestamp" in pod["metadata"]:
-                self.remove_pod(uid)
+                self.end_pod(uid)
             elif phase == "Pending":
                 self.start_pod(uid)
             elif uid in self.agents and self.agents[uid].finished:
                 self.finish_pod(uid)
+
+    def end_pod(self, uid: str) -> None:
+        """SIGTERM first: a whole gang saves, half a one has nothing to agree on. When the agent has told, the pod goes."""
+        agent = self.agents.get(uid)
+        if agent is None or agent.leaving:
+            self.remove_pod(uid)
+            return
+        agent.leaving = True
+        gang = [self.agents.get(member["uid"]) for member in (self.status.get("gang") or {}).get("members", [])]
+        if agent in gang and all(
+            one and one.state == AgentState.RUNNING and one.started == agent.started for one in gang
+        ):
+            for one in gang:
+                one.saves()
+        elif agent.state == AgentState.RUNNING:
+            agent.state, agent.exits = AgentState.STOPPED, [Exit(agent.started, agent.rank, None, 15)]
 
     def train(self) -> None:
         """If a whole gang runs one generation, all its workers succeed."""
@@ -278,7 +325,7 @@ class Cluster:
         status = self.status
         if status:
             kinds = [condition["type"] for condition in status["conditions"]]
-            assert kinds == ["Ready", "Reconciling", "Stalled", "Suspended", "Complete", "Failed"]
+            assert kinds == [kind.value for kind in ConditionType]
             assert all(condition["reason"] and condition["message"] for condition in status["conditions"])
             used = (status.get("restarts") or {}).get("used", 0)
             assert used <= self.job["spec"].get("recovery", {}).get("maxRestarts", 8)

@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
+from finetune_api.contract import ExitCode
 from finetune_api.job import FineTuneJob
 from finetune_api.protocol import AgentState, Exit, Heartbeat, Order, Phase, Report
 from finetune_api.status import JobStatus
 from finetune_operator.plan.lifecycle import plan_job
-from finetune_operator.plan.observation import Heard, Observation, Plan, Problem
+from finetune_operator.plan.observation import Heard, Observation, Plan, Problem, timestamp
 from finetune_operator.plan.orders import order_for
 from finetune_operator.render.names import pod_name
 from finetune_operator.views import ContainerView, PodView
@@ -42,7 +43,7 @@ class Story:
         observed = Observation(
             job=self.job,
             pods=tuple(self.pods.values()),
-            heard={uid: heard for uid, heard in self.heard.items() if uid in self.pods},
+            heard={uid: heard for uid, heard in self.heard.items() if uid in {*self.pods, *self._members()}},
             problem=self.problem,
             obstacle=self.obstacle,
             now=self.now,
@@ -71,6 +72,10 @@ class Story:
             self.change(pod.uid, deleting=True)
         return plan
 
+    def _members(self) -> set[str]:
+        gang = self.job.status.gang if self.job.status else None
+        return {member.uid for member in gang.members} if gang else set()
+
     # What happens in the cluster.
 
     def pod(self, rank: int) -> PodView:
@@ -81,6 +86,11 @@ class Story:
         """Change the newest pod of a rank."""
         uid = self.pod(rank_or_uid).uid if isinstance(rank_or_uid, int) else rank_or_uid
         self.pods[uid] = replace(self.pods[uid], **fields)
+
+    def must_go(self, rank: int, disruption: str = "EvictionByEvictionAPI", grace_seconds: float = 60) -> None:
+        """The newest pod of a rank is deleted, and has its grace period to save."""
+        ends = timestamp(self.now + timedelta(seconds=grace_seconds))
+        self.change(rank, deleting=True, grace_ends=ends, disruption=disruption)
 
     def vanish(self, rank: int) -> None:
         """The newest pod of a rank is gone from the API server."""
@@ -101,10 +111,12 @@ class Story:
         pod = self.pod(rank)
         known = self.heard.get(pod.uid)
         base = known.report if known else idle_report(pod.uid, rank)
+        if fields.get("generation", base.generation) != base.generation:  # what an agent forgets when another starts
+            base = replace(base, heartbeat=None, progress=None, saves=None, resumed=None, exits=[])
         report = replace(base, **fields)
         same = known is not None and (known.report.state, known.report.generation) == (report.state, report.generation)
         since = known.since if same and known else self.now
-        self.heard[pod.uid] = Heard(report=report, since=since)
+        self.heard[pod.uid] = Heard(report=report, since=since, at=self.now)
 
     def pods_start(self, *ranks: int) -> None:
         """The kubelets have started these pods (all by default), and their agents report."""
@@ -137,6 +149,12 @@ class Story:
         """The worker of a node fails, and its agent says so."""
         end = Exit(self.generation, rank if who is None else who, exit_code, signal, message)
         self.report(rank, generation=self.generation, state=AgentState.FAILED, exits=[end])
+
+    def worker_saves(self, rank: int, *, asked: bool = False) -> None:
+        """The worker of a node leaves after a save: its own agent asked it to, or another's."""
+        end = Exit(self.generation, rank, ExitCode.SAVED)
+        state = AgentState.STOPPED if asked else AgentState.FAILED
+        self.report(rank, generation=self.generation, state=state, exits=[end])
 
     def workers_succeed(self, *ranks: int) -> None:
         """Workers end with 0."""

@@ -4,10 +4,14 @@ One life of a job (start, failure, lost pod, suspension, resumption, success, cl
 again, dying after the first write, the second, and so on: a new process takes over, knowing only what the API server knows.
 """
 
+from dataclasses import replace
+
 import pytest
 
+from finetune_api.protocol import Checkpoint, Saves
 from finetune_operator.kube.api import PODS
 from finetune_operator.kube.errors import Unavailable
+from finetune_operator.plan.observation import timestamp
 from tests.operator.fake_api import Crash
 from tests.operator.simulation import KEY, Cluster
 
@@ -45,7 +49,7 @@ async def live(cluster: Cluster) -> list[str]:
 
     await scene()
     uid = status_members(cluster)[1]
-    cluster.agents[uid].worker_ends(76, message="NaN")
+    cluster.agents[uid].worker_ends(71, message="WORLD_SIZE is 3")
     await scene()
     cluster.wait(100)
     cluster.remove_pod(status_members(cluster)[0])
@@ -69,12 +73,12 @@ def status_members(cluster: Cluster) -> list[str]:
 
 UNDISTURBED = [
     "Running 1 ['Ready'] [] None ['sentiment-aaaaa-0-1', 'sentiment-aaaaa-1-1']",
-    "Running 2 ['Ready'] [(1, 'NumericFailure')] 1 ['sentiment-aaaaa-0-1', 'sentiment-aaaaa-1-1']",
-    "Running 3 ['Ready'] [(1, 'NumericFailure'), (2, 'PodDeleted')] 2 ['sentiment-aaaaa-0-3', 'sentiment-aaaaa-1-1']",
-    "Suspended 4 ['Ready', 'Suspended'] [(1, 'NumericFailure'), (2, 'PodDeleted')] 2 []",
-    "Running 4 ['Ready'] [(1, 'NumericFailure'), (2, 'PodDeleted')] 2 ['sentiment-aaaaa-0-4', 'sentiment-aaaaa-1-4']",
-    "Succeeded 4 ['Complete', 'Ready'] [(1, 'NumericFailure'), (2, 'PodDeleted')] 2 ['sentiment-aaaaa-0-4', 'sentiment-aaaaa-1-4']",
-    "Succeeded 4 ['Complete', 'Ready'] [(1, 'NumericFailure'), (2, 'PodDeleted')] 2 []",
+    "Running 2 ['Ready'] [(1, 'WrongWorldSize')] 1 ['sentiment-aaaaa-0-1', 'sentiment-aaaaa-1-1']",
+    "Running 3 ['Ready'] [(1, 'WrongWorldSize'), (2, 'PodDeleted')] 2 ['sentiment-aaaaa-0-3', 'sentiment-aaaaa-1-1']",
+    "Suspended 4 ['Ready', 'Suspended'] [(1, 'WrongWorldSize'), (2, 'PodDeleted')] 2 []",
+    "Running 4 ['Ready'] [(1, 'WrongWorldSize'), (2, 'PodDeleted')] 2 ['sentiment-aaaaa-0-4', 'sentiment-aaaaa-1-4']",
+    "Succeeded 4 ['Complete', 'Ready'] [(1, 'WrongWorldSize'), (2, 'PodDeleted')] 2 ['sentiment-aaaaa-0-4', 'sentiment-aaaaa-1-4']",
+    "Succeeded 4 ['Complete', 'Ready'] [(1, 'WrongWorldSize'), (2, 'PodDeleted')] 2 []",
     " 0 [] [] None []",
 ]
 
@@ -148,3 +152,54 @@ async def test_a_life_from_start_to_success_costs_no_more_writes_than_promised()
     assert not cluster.pods() or all(pod["status"]["phase"] == "Succeeded" for pod in cluster.pods())
     assert cluster.api.bodies(PODS) == cluster.pods()
     assert KEY == ("team-a", "sentiment")
+
+
+SAVE = Saves(stall_seconds=0.1, commit_seconds=3.0, recommended_interval_seconds=60.0)
+
+
+async def test_telling_how_saving_goes_costs_one_write_for_each_commit_and_no_more() -> None:
+    """A save tells of itself three times: when it begins, when it is committed, and what it took."""
+    cluster = Cluster()
+    await cluster.settle()
+    first = cluster.agents[status_members(cluster)[0]]
+    before = len(cluster.api.writes)
+    saves = 10
+    for step in range(1, saves + 1):
+        time = timestamp(cluster.now)
+        first.saves_now = replace(SAVE, saving_step=step, saving_since=time)
+        await cluster.settle()
+        cluster.wait(3)
+        first.checkpoint = Checkpoint(step, f"s3://x/step-{step}", 1, time)
+        await cluster.settle()
+        first.saves_now = replace(SAVE, stall_seconds=0.1 + step)
+        await cluster.settle()
+        cluster.wait(4)
+    assert len(cluster.api.writes) - before <= saves
+    cluster.wait(10)
+    await cluster.settle()
+    assert cluster.status["saves"] == {
+        "putOff": 0,
+        "reason": "",
+        "message": "",
+        "stallSeconds": 10.1,
+        "commitSeconds": 3.0,
+        "recommendedIntervalSeconds": 60,
+    }
+    assert cluster.status["checkpoint"]["step"] == saves
+
+
+async def test_saves_that_are_put_off_all_the_time_cost_two_writes_in_all() -> None:
+    """One when it begins, one when it is over; what changes in between goes with progress."""
+    cluster = Cluster()
+    await cluster.settle()
+    first = cluster.agents[status_members(cluster)[0]]
+    cluster.wait(100)
+    await cluster.settle()
+    before = len(cluster.api.writes)
+    for step in range(10):
+        for put_off in range(5):
+            first.saves_now = replace(SAVE, saving_step=step, put_off=put_off)
+            await cluster.settle()
+    first.saves_now = SAVE
+    await cluster.settle()
+    assert len(cluster.api.writes) - before <= 3, "and one for the first of them, whose time had come"

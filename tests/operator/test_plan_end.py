@@ -79,7 +79,7 @@ def test_progress_that_another_rank_claims_is_not_believed() -> None:
 
 def test_progress_of_a_former_generation_is_not_believed() -> None:
     story = Story().trains()
-    story.worker_ends(0, ExitCode.NUMERIC)
+    story.worker_ends(0, ExitCode.STALE)
     story.go()
     story.report(0, progress=Progress(step=99))
     story.go()

@@ -48,6 +48,7 @@ def test_a_worker_that_fails_ends_its_generation_and_the_same_pods_start_the_nex
         node: node-1
         rank: 1
         exitCode: 1
+        lastStep: 1
     """)
     assert story.holds == {"Reconciling"}
     story.workers_train()
@@ -87,14 +88,13 @@ CAUSES = {
         ("WorkerKilled", 0),
     ),
     "what the trainer says is the cause of a signal": (
-        lambda s: (s.worker_ends(1, signal=6), s.worker_ends(0, ExitCode.STORAGE_UNAVAILABLE)),
-        ("StorageUnavailable", 0),
+        lambda s: (s.worker_ends(1, signal=6), s.worker_ends(0, ExitCode.STALE)),
+        ("Stale", 0),
     ),
-    "a NaN is told by its name": (lambda s: s.worker_ends(0, ExitCode.NUMERIC), ("NumericFailure", 0)),
     "a wrong world size is told by its name": (lambda s: s.worker_ends(0, ExitCode.WRONG_WORLD), ("WrongWorldSize", 0)),
     "a stale incarnation is told by its name": (lambda s: s.worker_ends(0, ExitCode.STALE), ("Stale", 0)),
     "a pod that went away is the cause of what its peers say": (
-        lambda s: (s.worker_ends(1, ExitCode.STORAGE_UNAVAILABLE), s.change(0, deleting=True)),
+        lambda s: (s.worker_ends(1, ExitCode.STALE), s.change(0, deleting=True)),
         ("PodDeleted", None),
     ),
     "a pod that failed is told with the kubelet's words": (
@@ -133,7 +133,7 @@ def test_a_worker_that_fails_on_a_pod_of_several_processes_is_named_by_its_globa
 TERMINAL = {
     "bad data fails the job at once": (ExitCode.BAD_DATA, "BadData"),
     "a bad configuration fails the job at once": (ExitCode.BAD_CONFIG, "BadConfig"),
-    "a lack of permission fails the job at once": (ExitCode.NO_PERMISSION, "NoPermission"),
+    "numbers that going back does not mend fail the job at once": (ExitCode.NUMERIC, "NumericFailure"),
 }
 
 
@@ -155,7 +155,7 @@ def test_terminal_exit_codes(code: int, reason: str) -> None:
 FREE = {
     "an eviction": lambda s: s.change(1, disruption="EvictionByEvictionAPI", deleting=True),
     "a preemption by the scheduler": lambda s: s.change(1, disruption="PreemptionByScheduler", phase="Failed"),
-    "a worker that saved because it was asked to": lambda s: s.worker_ends(1, ExitCode.SAVED),
+    "a gang that saved because it was asked to": lambda s: (s.worker_saves(1), s.worker_saves(0)),
     "a port that was taken meanwhile": lambda s: s.worker_ends(0, ExitCode.PORT_IN_USE, who=-1),
 }
 
@@ -238,14 +238,14 @@ def test_restarts_are_counted_by_reason_and_exhausting_them_fails_the_job() -> N
         {"reason": "PodDeleted", "count": 1},
         {"reason": "WorkerKilled", "count": 1},
     ]
-    story.worker_ends(0, ExitCode.NUMERIC, message="loss is NaN at step 7")
+    story.worker_ends(0, ExitCode.STALE, message="generation 9 owns the prefix")
     plan = story.go()
     assert plan.create == ()
     assert (story.phase, story.restarts, story.holds) == ("Failed", 2, {"Failed", "Stalled"})
     assert story.say() == (
-        "RestartsExhausted: gave up after 2 restarts (recovery.maxRestarts); last: NumericFailure: loss is NaN at step 7"
+        "RestartsExhausted: gave up after 2 restarts (recovery.maxRestarts); last: Stale: generation 9 owns the prefix"
     )
-    assert story.attempts == ["WorkerKilled", "PodDeleted", "NumericFailure"]
+    assert story.attempts == ["WorkerKilled", "PodDeleted", "Stale"]
 
 
 def test_the_budget_is_whole_again_after_its_window() -> None:
@@ -264,7 +264,7 @@ def test_only_the_last_ten_attempts_are_kept() -> None:
     story = Story("recovery: {maxRestarts: 100}").trains()
     for _ in range(12):
         story.wait(100)
-        story.worker_ends(0, ExitCode.NUMERIC)
+        story.worker_ends(0, ExitCode.STALE)
         story.go()
         story.recovers()
     assert [attempt.generation for attempt in story.job.status.attempts] == list(range(3, 13))
@@ -292,9 +292,9 @@ def test_a_container_once_killed_for_memory_is_not_blamed_for_later_generations(
     story.go()
     assert story.generation == 2, "its agent has not even started generation 2"
     assert story.recovers().generation == 2
-    story.worker_ends(1, ExitCode.STORAGE_UNAVAILABLE)
+    story.worker_ends(1, ExitCode.STALE)
     story.go()
-    assert story.attempts == ["OutOfMemory", "StorageUnavailable"]
+    assert story.attempts == ["OutOfMemory", "Stale"]
 
 
 def test_a_member_that_no_operator_process_has_heard_yet_is_not_taken_for_dead() -> None:
@@ -344,7 +344,7 @@ def test_quick_failures_in_a_row_wait_longer_and_longer_and_a_long_run_ends_the_
     waits = []
     for _ in range(4):
         story.wait(10)
-        story.worker_ends(0, ExitCode.NUMERIC)
+        story.worker_ends(0, ExitCode.STALE)
         plan = story.go()
         waits.append(plan.look_again_seconds)
         if plan.look_again_seconds:
@@ -357,7 +357,7 @@ def test_quick_failures_in_a_row_wait_longer_and_longer_and_a_long_run_ends_the_
         story.recovers()
     assert waits == [None, 2.0, 4.0, 8.0]
     story.wait(60)
-    story.worker_ends(0, ExitCode.NUMERIC)
+    story.worker_ends(0, ExitCode.STALE)
     assert story.go().look_again_seconds is None
 
 
@@ -365,7 +365,7 @@ def test_the_wait_after_quick_failures_ends_at_five_minutes() -> None:
     story = Story("recovery: {maxRestarts: 100}").trains()
     longest = 0.0
     for _ in range(12):
-        story.worker_ends(0, ExitCode.NUMERIC)
+        story.worker_ends(0, ExitCode.STALE)
         wait = story.go().look_again_seconds or 0.0
         longest = max(longest, wait)
         story.wait(wait)
@@ -378,6 +378,6 @@ def test_more_nodes_than_rank_0_alone_must_succeed() -> None:
     story.workers_succeed(0, 1)
     story.go()
     assert (story.phase, story.job.status.gang.ready) == ("Running", 3)
-    story.worker_ends(2, ExitCode.NUMERIC)
+    story.worker_ends(2, ExitCode.STALE)
     story.go()
     assert (story.phase, story.generation) == ("Recovering", 2)

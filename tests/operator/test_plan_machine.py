@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from finetune_api.protocol import Saves
 from finetune_operator.kube.api import JOBS, PODS
 from finetune_operator.kube.errors import Conflict, KubeError
 from tests.operator.fake_api import Crash
@@ -50,7 +51,7 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
         self.operator_reconciles()
 
     @precondition(lambda self: self.cluster.agents)
-    @rule(n=pick, end=st.sampled_from([(1, None), (76, None), (None, 11)]))
+    @rule(n=pick, end=st.sampled_from([(1, None), (71, None), (77, None), (79, None), (None, 11)]))
     def the_gang_fails_and_recovers(self, n: int, end: tuple[int | None, int | None]) -> None:
         self.a_worker_fails(n, end)
         self.cluster.wait(2)
@@ -117,7 +118,7 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
     @rule(
         n=pick,
         end=st.sampled_from(
-            [(1, None), (69, None), (71, None), (74, None), (75, None), (76, None), (None, 9), (None, 11)]
+            [(1, None), (69, None), (71, None), (74, None), (75, None), (77, None), (79, None), (None, 9), (None, 11)]
         ),
     )
     def a_worker_fails(self, n: int, end: tuple[int | None, int | None]) -> None:
@@ -135,6 +136,17 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
     def a_container_exceeds_its_memory(self, n: int) -> None:
         agents = list(self.cluster.agents)
         self.cluster.out_of_memory(agents[n % len(agents)])
+
+    @precondition(lambda self: self.cluster.agents)
+    @rule(n=pick, level=st.sampled_from([Saves(), Saves(3, put_off=1), Saves(failing_since="2026-01-01T12:00:00Z")]))
+    def an_agent_tells_how_saving_goes(self, n: int, level: Saves) -> None:
+        agents = list(self.cluster.agents.values())
+        agents[n % len(agents)].saves_now = level
+
+    @precondition(lambda self: self.cluster.agents)
+    @rule(n=pick)
+    def numbers_that_going_back_does_not_mend(self, n: int) -> None:
+        self.a_worker_fails(n, (76, None))
 
     @precondition(lambda self: self.pods("Pending", "Running"))
     @rule(n=pick, how=st.sampled_from(["evicted", "failed", "deleted", "gone"]))
@@ -202,9 +214,28 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
             cluster.train()
             cluster.wait(400)  # longer than the longest wait after failures
         assert cluster.phase in ("Succeeded", "Failed"), cluster.status
-        assert cluster.phase == "Succeeded" or cluster.status["conditions"][0]["reason"] == "RestartsExhausted"
+        reason = cluster.status["conditions"][0]["reason"]
+        assert cluster.phase == "Succeeded" or reason in ("RestartsExhausted", "NumericFailure"), (
+            "nothing else is final"
+        )
+        self.what_was_lost_adds_up()
         assert cluster.job["metadata"]["uid"] == cluster.job_uid
         assert [body["kind"] for body in cluster.api.bodies(JOBS)] == ["FineTuneJob"]
+
+    def what_was_lost_adds_up(self) -> None:
+        status = self.cluster.status
+        attempts = status.get("attempts", [])
+        generations = [attempt["generation"] for attempt in attempts]
+        assert generations == sorted(set(generations))
+        assert len(attempts) <= 10
+        for attempt in attempts:
+            if "lostSteps" in attempt:
+                assert 0 <= attempt["lostSteps"] <= attempt["lastStep"]
+        free = {"Preempted", "PortInUse", "NoPermission", "StorageUnavailable"}
+        counted = {entry["reason"] for entry in (status.get("restarts") or {}).get("byReason", ())}
+        assert not counted & free, "nobody is to blame for these"
+        conditions = {condition["type"]: condition["status"] for condition in status["conditions"]}
+        assert conditions["CheckpointsDelayed"] == "False", "nothing is under way any more"
 
 
 TestFaultsInAnyOrder = FaultsInAnyOrder.TestCase

@@ -25,6 +25,8 @@ def test_a_new_job_mints_generation_1_and_creates_one_pod_for_each_rank() -> Non
       - {type: Suspended, status: "False", reason: NotSuspended, message: "spec.suspend is false", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
       - {type: Complete, status: "False", reason: NotComplete, message: "the job has not succeeded", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
       - {type: Failed, status: "False", reason: NotFailed, message: "the job has not failed", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
+      - {type: CheckpointsDelayed, status: "False", reason: NotDelayed, message: "no save fails or has to wait", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
+      - {type: CheckpointFallback, status: "False", reason: NoFallback, message: "the gang started from the newest checkpoint, or there is a newer one by now", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
     """)
 
 

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api import contract
+from finetune_api.protocol import JobFile, from_wire
+from finetune_api.quantity import quantity_value, total_bytes
+from finetune_api.recipe import MetricName
 from finetune_operator.plan.observation import NewPod
 from finetune_operator.render.config import render_config
 from finetune_operator.render.names import child_name, job_prefix, pod_name
 from finetune_operator.render.network import render_network_policy
 from finetune_operator.render.pod import render_pod
-from finetune_operator.render.quantity import quantity_value, total_bytes
 from tests.operator.documents import RECIPE, SCRIPT, a_job
 from tests.operator.documents import settings as administrator
 from tests.operator.restricted import violations
@@ -92,8 +94,8 @@ def test_a_whole_pod() -> None:
           - {name: AWS_SESSION_TOKEN, valueFrom: {secretKeyRef: {name: s3-credentials, key: AWS_SESSION_TOKEN, optional: true}}}
           securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
           resources:
-            requests: {cpu: "1", memory: "5368709120"}
-            limits: {cpu: "1", memory: "5368709120"}
+            requests: {cpu: "1", memory: "6442450944"}
+            limits: {cpu: "1", memory: "6442450944"}
           terminationMessagePolicy: File
           volumeMounts:
           - {name: agent, mountPath: /finetune}
@@ -102,12 +104,24 @@ def test_a_whole_pod() -> None:
           - {name: scratch, mountPath: /scratch}
           - {name: scratch, mountPath: /tmp, subPath: tmp}
           - {name: shared-memory, mountPath: /dev/shm}
+          - {name: staging, mountPath: /staging}
+          - {name: credentials, mountPath: /var/run/secrets/storage, readOnly: true}
         volumes:
         - {name: agent, emptyDir: {}}
         - {name: scratch, emptyDir: {}}
         - {name: shared-memory, emptyDir: {medium: Memory, sizeLimit: 1Gi}}
         - {name: config, configMap: {name: sentiment-aaaaa}}
         - {name: token, projected: {sources: [{serviceAccountToken: {audience: job-server.finetune.dev, expirationSeconds: 3600, path: token}}]}}
+        - {name: staging, emptyDir: {medium: Memory, sizeLimit: 1Gi}}
+        - name: credentials
+          secret:
+            secretName: s3-credentials
+            optional: true
+            defaultMode: 288
+            items:
+            - {key: AWS_ACCESS_KEY_ID, path: AWS_ACCESS_KEY_ID}
+            - {key: AWS_SECRET_ACCESS_KEY, path: AWS_SECRET_ACCESS_KEY}
+            - {key: AWS_SESSION_TOKEN, path: AWS_SESSION_TOKEN}
     """)
 
 
@@ -128,7 +142,7 @@ def test_what_a_profile_says_is_in_the_pod() -> None:
       imagePullSecrets: [{name: registry}]
     """)
     assert trainer["imagePullPolicy"] == "Always"
-    assert trainer["resources"]["limits"] == {"cpu": "1", "memory": str(11 * 2**30), "nvidia.com/gpu": "4"}
+    assert trainer["resources"]["limits"] == {"cpu": "1", "memory": str(12 * 2**30), "nvidia.com/gpu": "4"}
     names = {variable["name"]: variable.get("value") for variable in trainer["env"]}
     assert names["NCCL_SOCKET_IFNAME"] == "eth0"
     assert "DS_ACCELERATOR" not in names, "there are GPUs"
@@ -139,6 +153,30 @@ def test_a_web_identity_takes_the_place_of_a_secret() -> None:
     pod = render_pod(job, NewPod(0, 1), administrator())
     assert pod["spec"]["serviceAccountName"] == "trainer"
     assert "secretKeyRef" not in json.dumps(pod)
+    assert not [volume for volume in pod["spec"]["volumes"] if "secret" in volume]
+
+
+STAGING = {
+    "512Mi": "what is asked for",
+    2147483648: "a number",
+    "1.5Gi": "a part of a gigabyte",
+}
+
+
+@pytest.mark.parametrize("size", STAGING, ids=STAGING.values())
+def test_staging_is_memory_of_its_own_on_top_of_the_trainer_s(size: str | int) -> None:
+    job = a_job(json.dumps({"checkpoint": {"stagingMemory": size}}))
+    spec = render_pod(job, NewPod(0, 1), administrator())["spec"]
+    (volume,) = (volume for volume in spec["volumes"] if volume["name"] == "staging")
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": str(size)}
+    limits = spec["containers"][0]["resources"]["limits"]
+    assert limits["memory"] == total_bytes("4Gi", "1Gi", str(size)), "the trainer's, /dev/shm, staging"
+
+
+def test_a_script_has_no_staging_and_pays_for_none() -> None:
+    spec = render_pod(a_job(base=SCRIPT), NewPod(0, 1), administrator())["spec"]
+    assert "staging" not in json.dumps(spec)
+    assert spec["containers"][0]["resources"]["limits"]["memory"] == total_bytes("4Gi", "1Gi")
 
 
 def test_each_claim_that_a_recipe_reads_is_mounted_once_and_read_only() -> None:
@@ -186,6 +224,31 @@ def test_the_whole_config_map() -> None:
     """)
     recipe = json.loads(config["data"]["recipe.json"])
     assert recipe["model"]["source"] == "s3://models/minilm"
+
+
+CHECKPOINTS = {
+    "nothing said: every ten minutes": ("{}", {"intervalSeconds": 600}),
+    "an interval in steps": ("{interval: {steps: 7}}", {"intervalSteps": 7}),
+    "the interval that loses least": ("{interval: {auto: true}}", {"intervalAuto": True}),
+    "the best kept": ("{keepBest: MacroF1, interval: {steps: 7}}", {"intervalSteps": 7, "keepBest": "MacroF1"}),
+    "another job's checkpoint": (
+        '{resumeFrom: "s3://checkpoints/team-a/team-a/old-12345678@50"}',
+        {"intervalSeconds": 600, "resumeFrom": "s3://checkpoints/team-a/team-a/old-12345678@50"},
+    ),
+    "a pace of uploads, in bytes": ("{uploadBytesPerSecond: 1.5Mi}", {"intervalSeconds": 600, "uploadBytesPerSecond": 1572864}),
+    "a pace of uploads as a number": ("{uploadBytesPerSecond: 2000000}", {"intervalSeconds": 600, "uploadBytesPerSecond": 2000000}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "told"), CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
+def test_what_the_trainer_is_told_of_checkpoints(asked: str, told: dict[str, Any]) -> None:
+    recipe = document(RECIPE)["recipe"]
+    recipe["data"]["evaluation"] = {"source": "s3://datasets/reviews/evaluation.jsonl"}
+    recipe["evaluation"] = {"metrics": ["Accuracy", "MacroF1"]}
+    job = a_job(json.dumps({"recipe": recipe, "checkpoint": document(asked)}))
+    file = json.loads(render_config(job, administrator(), "")["data"]["job.json"])
+    assert file["checkpoint"] == {"intervalAuto": False, "keep": 2} | told
+    assert from_wire(JobFile, file).checkpoint.keep_best in (None, *MetricName), "in the words of the recipe"
 
 
 def test_the_trainer_reads_the_recipe_that_the_user_wrote() -> None:

@@ -1,5 +1,6 @@
 """What agents say: what is news, what is not, and what a hostile pod may say without harm."""
 
+import re
 from dataclasses import replace
 from datetime import timedelta
 
@@ -19,6 +20,9 @@ from finetune_api.protocol import (
     Phase,
     Progress,
     Report,
+    Resumed,
+    ResumeSource,
+    Saves,
     from_wire,
     to_wire,
 )
@@ -46,6 +50,8 @@ NEWS = {
     "progress is": ({"progress": Progress(step=8)}, True),
     "an evaluation is": ({"evaluation": Evaluation(step=8)}, True),
     "a checkpoint is": ({"checkpoint": Checkpoint(8, "s3://x", 1, "2026-01-01T12:00:00Z")}, True),
+    "how saving goes is": ({"saves": Saves(saving_step=8)}, True),
+    "where a generation started is": ({"resumed": Resumed(8, ResumeSource.STORAGE)}, True),
     "a model is": ({"model": Model("s3://x")}, True),
     "another state is": ({"state": AgentState.RUNNING}, True),
     "another generation is": ({"generation": 2}, True),
@@ -69,7 +75,7 @@ def test_since_when_an_agent_says_the_same_counts_from_its_last_change_of_state(
     reports.hear(FIRST)
     clock.now += timedelta(seconds=5)
     reports.hear(replace(FIRST, progress=Progress(step=1)))
-    assert reports.heard["pod-1"].since == NOON
+    assert (reports.heard["pod-1"].since, reports.heard["pod-1"].at) == (NOON, clock.now)
     reports.hear(replace(FIRST, state=AgentState.FAILED))
     assert reports.heard["pod-1"].since == clock.now
 
@@ -87,6 +93,20 @@ def test_pods_that_are_gone_are_forgotten() -> None:
 integers = st.integers(0, 2**31 - 1) | st.integers(-(2**70), 2**70)
 floats = st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([1.7976931348623157e308, 5e-324, -1e300])
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.just("x" * 2000)
+times = texts | st.sampled_from(
+    [
+        "2026-01-01T00:00:00Z",
+        "2026-01-01T00:00:00.123456789+23:59",
+        "1970-01-01T00:00:00+14:00",
+        "9998-12-31T23:59:59-23:59",
+        "9999-12-31T23:59:59-23:59",
+        "0001-01-01T00:00:00+23:59",
+        "2026-02-30T00:00:00Z",
+        "2026-01-01T00:00:00",
+        "2026-01-01",
+        "now",
+    ]
+)
 hostile = st.builds(
     Report,
     pod_uid=st.just("pod-1"),
@@ -99,7 +119,19 @@ hostile = st.builds(
     heartbeat=st.none() | st.builds(Heartbeat, st.sampled_from(Phase), integers),
     progress=st.none() | st.builds(Progress, integers, st.none() | integers, *[st.none() | floats] * 6),
     evaluation=st.none() | st.builds(Evaluation, integers, st.lists(st.builds(Metric, texts, floats), max_size=40)),
-    checkpoint=st.none() | st.builds(Checkpoint, integers, texts, integers, texts),
+    checkpoint=st.none() | st.builds(Checkpoint, integers, texts, integers, times),
+    saves=st.none()
+    | st.builds(
+        Saves,
+        st.none() | integers,
+        st.none() | times,
+        integers,
+        st.none() | times,
+        texts,
+        texts,
+        *[st.none() | floats] * 3,
+    ),
+    resumed=st.none() | st.builds(Resumed, integers, st.sampled_from(ResumeSource), texts, integers, integers),
     model=st.none() | st.builds(Model, texts),
     exits=st.lists(
         st.builds(Exit, st.just(1) | integers, integers, st.none() | integers, st.none() | integers, texts, texts),
@@ -148,5 +180,65 @@ def check_stored(status: dict) -> None:
             yield value
 
     assert all(-(2**63) <= number < 2**63 for number in numbers(status))
+    for name, value in texts_of(status):
+        if name.endswith(("Time", "Since", "Start")):
+            assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", value), (name, value)
     metrics = [metric["name"] for metric in (status.get("evaluation") or {}).get("metrics", ())]
     assert len(metrics) == len(set(metrics))
+
+
+def texts_of(value, name=""):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from texts_of(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts_of(inner, name)
+    elif isinstance(value, str):
+        yield name, value
+
+
+IMPLAUSIBLE = {
+    "a time that is none": ({"saves": Saves(saving_since="now")}, "$.saves.saving_since: must be a time"),
+    "a time without a zone": (
+        {"saves": Saves(failing_since="2026-01-01T00:00:00")},
+        "$.saves.failing_since: must be a time",
+    ),
+    "a commit on a day that is none": (
+        {"checkpoint": Checkpoint(8, "s3://x", 1, "2026-02-30T12:00:00Z")},
+        "$.checkpoint.commit_time: must be a time",
+    ),
+    "a stall of less than nothing": ({"saves": Saves(stall_seconds=-0.1)}, "$.saves.stall_seconds: out of range"),
+    "a commit that took for ever": ({"saves": Saves(commit_seconds=1e300)}, "$.saves.commit_seconds: out of range"),
+    "an interval that no integer holds": (
+        {"saves": Saves(recommended_interval_seconds=1e18)},
+        "$.saves.recommended_interval_seconds: out of range",
+    ),
+    "fewer saves put off than none": ({"saves": Saves(put_off=-1)}, "$.saves.put_off: out of range"),
+    "a start before the first step": ({"resumed": Resumed(-1, ResumeSource.START)}, "$.resumed.step: out of range"),
+    "more samples skipped than there are": (
+        {"resumed": Resumed(1, ResumeSource.START, skipped_samples=2**60)},
+        "$.resumed.skipped_samples: out of range",
+    ),
+    "a message without end": ({"saves": Saves(message="x" * 2049)}, "$.saves.message: longer than"),
+}
+
+
+@pytest.mark.parametrize(("change", "why"), IMPLAUSIBLE.values(), ids=IMPLAUSIBLE.keys())
+def test_what_status_cannot_hold_is_refused_by_its_path(change: dict, why: str) -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011  the message is looked at
+        check_plausible(replace(FIRST, **change))
+    assert why in str(refusal.value)
+
+
+def test_what_a_trainer_says_is_plausible() -> None:
+    check_plausible(
+        replace(
+            FIRST,
+            saves=Saves(
+                50, "2026-01-01T12:00:00Z", 1, "2026-01-01T11:59:59.5+00:00", "NoPermission", "403", 0.1, 7.0, 42.0
+            ),
+            resumed=Resumed(0, ResumeSource.START),
+            checkpoint=Checkpoint(8, "s3://x", 1, "2026-01-01T12:00:00Z"),
+        )
+    )

@@ -40,6 +40,14 @@ WRONG = {
     ),
     "a range of addresses that is none": (SETTINGS + "\nstorageCidrs: [10.0.0.0/33]", "storageCidrs"),
     "a range of addresses with host bits": (SETTINGS + "\nstorageCidrs: [10.0.0.1/8]", "storageCidrs"),
+    "a prefix to resume from that is none": (
+        SETTINGS + "\nallowedResumePrefixes: ['s3://shared/']",
+        "allowedResumePrefixes",
+    ),
+    "a prefix to resume from without a bucket": (
+        SETTINGS + "\nallowedResumePrefixes: ['team-*']",
+        "allowedResumePrefixes",
+    ),
     "no document": ("", ""),
     "no YAML": ("a: [", "config.yaml"),
 }
@@ -63,12 +71,16 @@ ADMITTED = {
     "another profile": a_job("workers: {profile: fabric}"),
     "Amazon, when the administrator allows it": a_job("storage: {uri: s3://bucket}"),
     "a script without storage": a_job(base=SCRIPT),
+    "the interval that loses least": a_job("checkpoint: {interval: {auto: true}}"),
+    "a checkpoint of the namespace's own": a_job(
+        "checkpoint: {resumeFrom: 's3://checkpoints/team-a/team-a/old-12345678@50'}"
+    ),
 }
 
 
 @pytest.mark.parametrize("job", ADMITTED.values(), ids=ADMITTED.keys())
 def test_what_may_start(job) -> None:
-    assert find_problem(job.spec, settings()) is None
+    assert find_problem(job, settings()) is None
 
 
 PROBLEMS = {
@@ -88,10 +100,10 @@ PROBLEMS = {
         ("Unsupported", "spec.workers.spares: this version of the operator does not support it yet; leave it out"),
     ),
     "two things that are not there yet, told together": (
-        "{pendingDeadlineSeconds: 5, checkpoint: {interval: {auto: true}}}",
+        "{pendingDeadlineSeconds: 5, workers: {spares: 1}}",
         (
             "Unsupported",
-            "spec.checkpoint.interval.auto, spec.pendingDeadlineSeconds: this version of the operator does not support it yet; leave it out",
+            "spec.workers.spares, spec.pendingDeadlineSeconds: this version of the operator does not support it yet; leave it out",
         ),
     ),
 }
@@ -99,10 +111,38 @@ PROBLEMS = {
 
 @pytest.mark.parametrize(("spec", "problem"), PROBLEMS.values(), ids=PROBLEMS.keys())
 def test_what_may_not_start(spec: str, problem: tuple[str, str]) -> None:
-    found = find_problem(a_job(spec).spec, settings())
+    found = find_problem(a_job(spec), settings())
     assert (found.reason, found.message) == problem
 
 
 def test_amazon_is_not_allowed_unless_the_administrator_says_so() -> None:
-    found = find_problem(a_job("storage: {uri: s3://bucket}").spec, settings("allowedEndpoints: []"))
+    found = find_problem(a_job("storage: {uri: s3://bucket}"), settings("allowedEndpoints: []"))
     assert found.message == "spec.storage.endpoint: amazon-s3 is not allowed here; allowed: none"
+
+
+# The job is team-a's and stores its own at s3://checkpoints/team-a/team-a/.
+ELSEWHERE = {
+    "another namespace's checkpoint below the same uri": "s3://checkpoints/team-a/team-b/other-12345678",
+    "a namespace whose name begins alike": "s3://checkpoints/team-a/team-abc/other-12345678",
+    "another uri of the same bucket": "s3://checkpoints/team-b/team-a/other-12345678@50",
+    "another bucket": "s3://elsewhere/team-a/team-a/other-12345678",
+    "the namespace's own place itself": "s3://checkpoints/team-a/team-a",
+}
+
+
+@pytest.mark.parametrize("uri", ELSEWHERE.values(), ids=ELSEWHERE.keys())
+def test_what_may_not_be_resumed_from_unless_the_administrator_says_so(uri: str) -> None:
+    job = a_job(f"checkpoint: {{resumeFrom: '{uri}'}}")
+    found = find_problem(job, settings("allowedResumePrefixes: ['s3://shared/all']"))
+    assert (found.reason, found.message) == (
+        "ResumeFromNotAllowed",
+        f"spec.checkpoint.resumeFrom: {uri} is not allowed here; allowed is what lies below s3://checkpoints/team-a/team-a/, s3://shared/all/",
+    )
+    assert find_problem(job, settings("allowedResumePrefixes: ['*']")) is None
+
+
+def test_a_prefix_that_the_administrator_shares_may_be_resumed_from_by_all() -> None:
+    shared = settings("allowedResumePrefixes: ['s3://shared', 's3://archive/2025']")
+    for uri in ("s3://shared/a", "s3://shared/a/b/c-12345678@7", "s3://archive/2025/x"):
+        assert find_problem(a_job(f"checkpoint: {{resumeFrom: '{uri}'}}"), shared) is None
+    assert find_problem(a_job("checkpoint: {resumeFrom: 's3://archive/2026/x'}"), shared) is not None

@@ -5,7 +5,8 @@ from datetime import timedelta
 import pytest
 
 from finetune_api.job import FineTuneJob, parse_job
-from finetune_api.status import JobProgress, JobStatus
+from finetune_api.protocol import ResumeSource
+from finetune_api.status import Attempt, Gang, JobProgress, JobResumed, JobSaves, JobStatus
 from finetune_operator.kube.api import JOBS
 from finetune_operator.kube.errors import Conflict, NotFound
 from finetune_operator.status_writer import StatusWriter
@@ -68,6 +69,44 @@ async def test_what_is_more_than_progress_is_written_at_once_and_takes_progress_
     assert scene.job().status.progress.step == 2
     scene.wait(9)
     assert await scene.progress(3) == pytest.approx(1), "that write counts too"
+
+
+SAVING = JobSaves(saving_step=2, saving_since="2026-01-01T12:00:00Z")
+RESUMED = JobResumed(generation=2, step=1, source=ResumeSource.STORAGE)
+ENDED = Attempt(generation=1, end_time="2026-01-01T12:00:00Z", reason="WorkerKilled", last_step=3)
+CAN_WAIT = {
+    "how saving goes": {"saves": SAVING},
+    "where a generation started, with what was lost": {
+        "resumed": RESUMED,
+        "attempts": [ENDED.model_copy(update={"lost_steps": 2})],
+    },
+    "all of it and progress": {
+        "saves": SAVING,
+        "resumed": RESUMED,
+        "progress": JobProgress(step=2, update_time="2026-01-01T12:00:01Z"),
+    },
+}
+
+
+@pytest.mark.parametrize("changes", CAN_WAIT.values(), ids=[f"{name} waits" for name in CAN_WAIT])
+async def test_what_is_told_at_every_save_waits_for_its_time_as_progress_does(changes: dict) -> None:
+    scene = Scene()
+    await scene.write(observed_generation=2, attempts=[ENDED])
+    scene.wait(4)
+    assert await scene.write(**changes) == pytest.approx(6)
+    assert scene.writes == 1
+    scene.wait(1)
+    await scene.write(observed_generation=3, **changes)
+    assert scene.writes == 2, "and goes along with what is written at once"
+    assert scene.job().status.observed_generation == 3
+    assert all(getattr(scene.job().status, name) == value for name, value in changes.items())
+
+
+async def test_an_attempt_beside_a_new_generation_is_written_at_once() -> None:
+    scene = Scene()
+    await scene.progress(1)
+    assert await scene.write(attempts=[ENDED], gang=Gang(generation=2, nodes=2)) is None
+    assert scene.writes == 2
 
 
 async def test_progress_of_all_jobs_together_keeps_to_20_writes_a_second() -> None:

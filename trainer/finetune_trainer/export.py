@@ -7,7 +7,7 @@ mistaken for one, and a repeated upload replaces every file by the same or a new
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from finetune_trainer.adapters import add_adapter
 from finetune_trainer.model_files import CONFIG
 from finetune_trainer.models import DTYPES, gathered
 from finetune_trainer.object_store import ObjectStore
@@ -25,28 +26,52 @@ LAST = ("README.md", CONFIG)
 Weights = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A weight of the result: its plain name, the tensor that it is, and the adapted module whose adapter is added into it, if any."""
+
+    name: str
+    tensor: torch.Tensor
+    adapted: Any = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What must be gathered for it under ZeRO-3."""
+        if self.adapted is not None:
+            return list(self.adapted.parameters())
+        return [self.tensor] if isinstance(self.tensor, nn.Parameter) else []
+
+    def whole(self) -> torch.Tensor:
+        """Return the weight itself; its parameters are gathered."""
+        return self.tensor if self.adapted is None else _merged(self.adapted, self.tensor)
+
+
 @torch.no_grad()
 def gather_weights(model: nn.Module, *, keep: bool, alive: Callable[[], None]) -> Weights:
     """Return the whole weights under their plain names, adapters added in; empty where not ``keep``. Collective under ZeRO-3."""
     weights: Weights = {}
-    for name, parameters, whole in _pieces(model):
+    for piece in pieces(model):
         alive()
-        with gathered(parameters):
+        with gathered(piece.parameters):
             if keep:
-                weights[name] = whole().detach().to("cpu", copy=True).contiguous()
+                weights[piece.name] = piece.whole().detach().to("cpu", copy=True).contiguous()
     return weights
 
 
 def write_model(folder: Path, *, weights: Weights, config: Any, task: Task, tokenizer: Any, card: str) -> None:
     """Write weights (safetensors, sharded when large), configuration, tokenizer and model card into a folder."""
-    unset_hf_deepspeed_config()  # else the skeleton would be sharded over ranks that are not here
     dtype = next(iter(weights.values())).dtype
     assert dtype in DTYPES.values()
-    with torch.device("meta"):
-        skeleton = task.model_class.from_config(config, dtype=dtype, trust_remote_code=False)
-    skeleton.save_pretrained(folder, state_dict=weights)
+    skeleton(config, task, dtype).save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card)
+
+
+def skeleton(config: Any, task: Task, dtype: torch.dtype) -> Any:
+    """Return the model without numbers; it knows how to save them."""
+    unset_hf_deepspeed_config()  # else the skeleton would be sharded over ranks that are not here
+    with torch.device("meta"):
+        return task.model_class.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def upload_model(folder: Path, uri: str, store: ObjectStore, alive: Callable[[], None]) -> None:
@@ -63,34 +88,34 @@ def _upload_order(path: Path) -> tuple[int, str]:
     return (LAST.index(path.name) + 1 if path.name in LAST else 0, path.name)
 
 
-def _pieces(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], Callable[[], torch.Tensor]]]:
-    """Yield each weight of the result: its name, the parameters it is made of, and how, once they are gathered."""
+def pieces(model: nn.Module) -> Iterator[Piece]:
+    """Yield each weight of the result, in the same order on every rank; of tied ones the first."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         if hasattr(module, "lora_A"):  # peft's mark of an adapted module; importing peft to ask costs a second
             weight = module.get_base_layer().weight
-            yield f"{_plain(module_name)}.weight", list(module.parameters()), partial(_merged, module, weight)
+            yield Piece(f"{plain_name(module_name)}.weight", weight, module)
             seen.add(id(weight))
     for name, parameter in model.named_parameters():
         if id(parameter) not in seen and ".lora_" not in name and ".original_module." not in name:
-            yield _plain(name), [parameter], partial(_itself, parameter)
+            yield Piece(plain_name(name), parameter)
     for name, buffer in _saved_buffers(model):
-        yield _plain(name), [], partial(_itself, buffer)
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+        yield Piece(plain_name(name), buffer)
 
 
 def _merged(module: Any, weight: torch.Tensor) -> torch.Tensor:
     """Return base weight plus adapter, added in single precision."""
-    total = weight.float()
+    total = weight.detach().float().cpu().numpy()
     for adapter in module.active_adapters:
-        total = total + module.get_delta_weight(adapter).float()
-    return total.to(weight.dtype)
+        factors = (module.lora_B[adapter].weight, module.lora_A[adapter].weight)
+        left, right = (factor.detach().float().cpu().numpy() for factor in factors)
+        if module.fan_in_fan_out:
+            left, right = right.T, left.T
+        total = add_adapter(total, left, right, module.scaling[adapter])
+    return torch.from_numpy(total).to(weight.dtype)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """Return the name that a weight has without adapters around it."""
     name = name.removeprefix("base_model.model.")
     return name.replace(".base_layer", "").replace(".modules_to_save.default", "")

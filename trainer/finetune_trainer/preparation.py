@@ -5,6 +5,7 @@ What may fail on one rank alone is done under ``ranks``, so that all end togethe
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Prepared:
 
     store: ObjectStore
     sources: Sources
+    model_folder: Path
     task: Task
     tokenizer: Any
     config: Any
@@ -89,6 +91,7 @@ def prepare(job: Job, ranks: Ranks, alive: Callable[[], None]) -> Prepared:
     return Prepared(
         store=store,
         sources=sources,
+        model_folder=folder,
         task=task,
         tokenizer=tokenizer,
         config=config,

@@ -11,6 +11,7 @@ training group may be NCCL, whose collectives must not be interleaved with waiti
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar, cast
@@ -91,7 +92,8 @@ def join_ranks(environment: Mapping[str, str]) -> Ranks:
     device = _pick_device(local_rank)
     dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo")
     _forbid_building_operators()
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    with redirect_stdout(None):  # "built successfully", of what was prebuilt, in front of what people look for
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     agreement = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Ranks(rank=rank, size=size, local_rank=local_rank, device=device, agreement=agreement)
 

@@ -27,6 +27,7 @@ from finetune_trainer.data.batches import cut, deal, random_seed
 from finetune_trainer.errors import BadConfig, NumericFailure, RolledBack, SavedOnRequest
 from finetune_trainer.evaluation import evaluate, retention_of, value_of
 from finetune_trainer.export import gather_weights, upload_model, write_model
+from finetune_trainer.export_planning import write_export_plan
 from finetune_trainer.job import Job
 from finetune_trainer.model_card import render_model_card
 from finetune_trainer.optimization import OVERFLOWS_LIMIT, NotFinite, accumulate, learning_rate, require_finite, update
@@ -34,6 +35,13 @@ from finetune_trainer.preparation import Prepared, prepare
 from finetune_trainer.progress import Reporter
 from finetune_trainer.ranks import Ranks
 from finetune_trainer.stop import StopRequest
+
+SOURCES = {
+    ResumeSource.START: "nothing was saved yet",
+    ResumeSource.MEMORY: "from this pod's memory",
+    ResumeSource.STORAGE: "from storage",
+    ResumeSource.OTHER_JOB: "from another job's checkpoint",
+}
 
 ROLLBACKS_LIMIT = 5
 """How often a job goes back before it counts as one that does not converge."""
@@ -50,6 +58,7 @@ def train(job: Job, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> None
     """
     reporter.phase(Phase.INITIALIZING)
     run = Run(job, ranks, reporter, stop, prepare(job, ranks, reporter.alive))
+    write_export_plan(job, ranks, run.prepared, reporter.alive)
     run.resume()
     while True:
         if run.evaluation_is_due() and not run.stop_agreed:
@@ -108,7 +117,10 @@ class Run:
         self.autosave.resumed(self.position.step, resumed.source)
         total = self.prepared.total_steps
         self.reporter.resumed(resumed)
-        self.reporter.say(f"generation {self.job.generation}: starting after step {self.position.step} of {total}")
+        self.reporter.say(
+            f"generation {self.job.generation}: starting after step {self.position.step} of {total}"
+            f" ({SOURCES[resumed.source]})"
+        )
         self.reporter.phase(Phase.TRAINING, self.position.step)
         self.stop_agreed = self.ranks.sum([float(self.stop.requested)])[0] > 0  # preparing may have taken long
 

@@ -31,7 +31,8 @@ def tune(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     from peft import get_peft_model  # a second of imports that only LoRA needs
 
     config = _lora_config(recipe.tuning, _targets(model, recipe.tuning, heads), trained_in_full)
-    return get_peft_model(model, config)  # type: ignore[no-any-return]
+    # Adapters in the model's own precision: peft would make them FP32, and ZeRO-3 refuses to train two precisions at once.
+    return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[no-any-return]
 
 
 def _lora_config(tuning: Tuning, targets: list[str], trained_in_full: list[str]) -> Any:

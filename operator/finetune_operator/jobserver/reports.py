@@ -22,11 +22,11 @@ class Reports:
 
     def hear(self, report: Report) -> bool:
         """Take a report in, and tell whether it is news for a decision or for status."""
-        known = self._heard.get(report.pod_uid)
+        known, now = self._heard.get(report.pod_uid), self._clock()
         if known is None or _outcome(known.report) != _outcome(report):
-            self._heard[report.pod_uid] = Heard(report=report, since=self._clock())
+            self._heard[report.pod_uid] = Heard(report=report, since=now, at=now)
             return True
-        self._heard[report.pod_uid] = Heard(report=report, since=known.since)
+        self._heard[report.pod_uid] = Heard(report=report, since=known.since, at=now)
         return _telling(known.report) != _telling(report)
 
     def keep_only(self, pod_uids: set[str]) -> None:
@@ -42,4 +42,4 @@ def _outcome(report: Report) -> object:
 def _telling(report: Report) -> object:
     """What status shows; the step of a heartbeat is not, only its phase."""
     phase = report.heartbeat.phase if report.heartbeat else None
-    return report.progress, report.evaluation, report.checkpoint, report.model, phase
+    return report.progress, report.evaluation, report.checkpoint, report.saves, report.resumed, report.model, phase

@@ -1,19 +1,23 @@
 """What only the operator can see to be wrong with a spec. It costs no pod, and heals by itself when its cause goes."""
 
-from finetune_api.job import FineTuneJobSpec
+from finetune_api.job import FineTuneJob, FineTuneJobSpec
 from finetune_operator.plan.observation import Problem
-from finetune_operator.settings import AMAZON_S3, Settings
+from finetune_operator.settings import AMAZON_S3, ANYWHERE, Settings
 
 
-def find_problem(spec: FineTuneJobSpec, settings: Settings) -> Problem | None:
+def find_problem(job: FineTuneJob, settings: Settings) -> Problem | None:
     """Return why the job cannot be started as it is written, or None."""
-    return _unsupported(spec) or _unknown_profile(spec, settings) or _endpoint_not_allowed(spec, settings)
+    spec = job.spec
+    return (
+        _unsupported(spec)
+        or _unknown_profile(spec, settings)
+        or _endpoint_not_allowed(spec, settings)
+        or _resume_from_not_allowed(job, settings)
+    )
 
 
 def _unsupported(spec: FineTuneJobSpec) -> Problem | None:
     asked = {
-        "checkpoint.resumeFrom": spec.checkpoint.resume_from is not None,
-        "checkpoint.interval.auto": spec.checkpoint.interval.auto is not None,
         "workers.spares": spec.workers.spares > 0,
         "pendingDeadlineSeconds": spec.pending_deadline_seconds is not None,
     }
@@ -40,3 +44,21 @@ def _endpoint_not_allowed(spec: FineTuneJobSpec, settings: Settings) -> Problem 
         return None
     allowed = ", ".join(settings.allowed_endpoints) or "none"
     return Problem("EndpointNotAllowed", f"spec.storage.endpoint: {endpoint} is not allowed here; allowed: {allowed}")
+
+
+def _resume_from_not_allowed(job: FineTuneJob, settings: Settings) -> Problem | None:
+    """A bucket and a secret are often shared by namespaces whose jobs are not each other's to read.
+
+    Whether the credentials may read the place is the store's to say; this is what keeps one namespace out of another's prefix.
+    """
+    wanted, storage = job.spec.checkpoint.resume_from, job.spec.storage
+    if wanted is None or storage is None or ANYWHERE in settings.allowed_resume_prefixes:
+        return None
+    allowed = [f"{storage.uri}/{job.metadata.namespace}", *settings.allowed_resume_prefixes]
+    if any(wanted.startswith(f"{prefix}/") for prefix in allowed):
+        return None
+    places = ", ".join(f"{prefix}/" for prefix in allowed)
+    return Problem(
+        "ResumeFromNotAllowed",
+        f"spec.checkpoint.resumeFrom: {wanted} is not allowed here; allowed is what lies below {places}",
+    )

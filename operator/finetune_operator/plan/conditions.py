@@ -1,13 +1,14 @@
 """Phase and conditions: the same facts said for people and for programs.
 
 ``Ready``, ``Reconciling`` and ``Stalled`` mean what kstatus says they mean: Reconciling while the operator still has to bring something
-about, Stalled when it cannot without somebody else's doing, Ready when what the spec asks for is so. All six conditions are always
-there, each with a reason and a message.
+about, Stalled when it cannot without somebody else's doing, Ready when what the spec asks for is so. What checkpoints do is said beside
+that, by conditions of their own: training goes on meanwhile. All conditions are always there, each with a reason and a message.
 """
 
 from dataclasses import dataclass
 
 from finetune_api.status import Condition, ConditionType, JobPhase, JobStatus
+from finetune_operator.plan.checkpoints import Aspect, delay, fallback
 from finetune_operator.plan.observation import Observation, timestamp
 
 _MESSAGE_LIMIT = 2048
@@ -49,24 +50,29 @@ def with_conditions(observed: Observation, status: JobStatus, situation: Situati
         ConditionType.FAILED: failed,
     }
     known = {condition.type: condition for condition in status.conditions}
-    conditions = [_condition(observed, known.get(kind), kind, situation, holds=value) for kind, value in holds.items()]
+    aspects = {kind: _aspect(kind, situation, holds=value) for kind, value in holds.items()}
+    aspects[ConditionType.CHECKPOINTS_DELAYED] = delay(known.get(ConditionType.CHECKPOINTS_DELAYED), status)
+    aspects[ConditionType.CHECKPOINT_FALLBACK] = fallback(
+        observed.status, known.get(ConditionType.CHECKPOINT_FALLBACK), status
+    )
+    conditions = [_condition(observed, known.get(kind), kind, aspect) for kind, aspect in aspects.items()]
     generation = observed.job.metadata.generation
     return status.model_copy(update={"phase": phase, "conditions": conditions, "observed_generation": generation})
 
 
-def _condition(
-    observed: Observation, known: Condition | None, kind: ConditionType, situation: Situation, *, holds: bool
-) -> Condition:
-    value = "True" if holds else "False"
+def _aspect(kind: ConditionType, situation: Situation, *, holds: bool) -> Aspect:
+    told = situation.reason, situation.message
+    return Aspect(holds, *(told if holds else _WHEN_FALSE.get(kind, told)))
+
+
+def _condition(observed: Observation, known: Condition | None, kind: ConditionType, aspect: Aspect) -> Condition:
+    value = "True" if aspect.holds else "False"
     changed = known is None or known.status != value
-    reason, message = (
-        (situation.reason, situation.message) if holds else _WHEN_FALSE.get(kind, (situation.reason, situation.message))
-    )
     return Condition(
         type=kind,
         status=value,
-        reason=reason,
-        message=message[:_MESSAGE_LIMIT],
+        reason=aspect.reason,
+        message=aspect.message[:_MESSAGE_LIMIT],
         last_transition_time=timestamp(observed.now) if changed or known is None else known.last_transition_time,
         observed_generation=observed.job.metadata.generation,
     )

@@ -3,17 +3,21 @@
 When a rank dies its peers fail within milliseconds on broken collectives, and an echo may well be heard before its cause. So causes
 are ranked by class first (``FailureClass`` is ordered, strongest last), and a weak one is believed only after the others had a moment to
 report (``SETTLE_SECONDS``).
+
+That the workers have saved and left because they were asked to outranks whatever became of their pods: nothing is lost. It is no end
+before all members have done so (see ``leaving``).
 """
 
 import signal
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import IntEnum
 
 from finetune_api.contract import TRAINER_CONTAINER, ExitCode
 from finetune_api.protocol import AgentState, Exit, Report
 from finetune_api.status import Gang, Member
+from finetune_operator.plan.leaving import SAVE_SECONDS, has_ended, leaving_members, look_again_seconds, may_still_save
 from finetune_operator.plan.observation import Heard, Observation
 from finetune_operator.views import PodView
 
@@ -28,7 +32,8 @@ class FailureClass(IntEnum):
     KNOWN = 3  # the trainer said why
     POD = 4  # the pod went away
     MEMORY = 5
-    TERMINAL = 6  # starting again cannot help
+    SAVED = 6  # asked to stop, and nothing is lost
+    TERMINAL = 7  # starting again cannot help
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +54,14 @@ class Failure:
 _BY_EXIT_CODE: dict[int, tuple[FailureClass, str]] = {
     ExitCode.BAD_DATA: (FailureClass.TERMINAL, "BadData"),
     ExitCode.BAD_CONFIG: (FailureClass.TERMINAL, "BadConfig"),
-    ExitCode.NO_PERMISSION: (FailureClass.TERMINAL, "NoPermission"),
+    ExitCode.NUMERIC: (FailureClass.TERMINAL, "NumericFailure"),
+    ExitCode.NO_PERMISSION: (FailureClass.KNOWN, "NoPermission"),
     ExitCode.STORAGE_UNAVAILABLE: (FailureClass.KNOWN, "StorageUnavailable"),
     ExitCode.WRONG_WORLD: (FailureClass.KNOWN, "WrongWorldSize"),
     ExitCode.STALE: (FailureClass.KNOWN, "Stale"),
     ExitCode.PORT_IN_USE: (FailureClass.KNOWN, "PortInUse"),
-    ExitCode.SAVED: (FailureClass.KNOWN, "Preempted"),
-    ExitCode.NUMERIC: (FailureClass.KNOWN, "NumericFailure"),
+    ExitCode.ROLLED_BACK: (FailureClass.KNOWN, "RolledBack"),
+    ExitCode.SAVED: (FailureClass.SAVED, "Preempted"),
 }
 
 
@@ -63,14 +69,45 @@ def find_cause(observed: Observation, gang: Gang) -> tuple[Failure | None, float
     """Return the failure that ended the gang, or None and, when one may be about to show, in how many seconds to look again."""
     failures = list(gang_failures(observed, gang))
     if not failures:
-        return None, None
+        return None, look_again_seconds(observed, gang)
+    remaining = _seconds_to_save(observed, gang, failures)
+    if remaining > 0:
+        return None, remaining
+    failures += [_lost_pod(observed, observed.pod(member.uid), member) for member in leaving_members(observed, gang)]
     cause = max(failures, key=lambda failure: (failure.failure_class, -failure.heard_at.timestamp()))
     unsettled = len(failures) < gang.nodes and cause.failure_class <= FailureClass.SIGNAL
-    first_heard = min(failure.heard_at for failure in failures)
-    remaining = (first_heard + timedelta(seconds=SETTLE_SECONDS) - observed.now).total_seconds()
+    remaining = _seconds_left(observed, failures, SETTLE_SECONDS)
     if unsettled and remaining > 0:
         return None, remaining
-    return cause, None
+    return _named_after_its_pod(observed, gang, cause), None
+
+
+def _seconds_to_save(observed: Observation, gang: Gang, failures: Sequence[Failure]) -> float:
+    """Return for how long those that have saved may wait for the others: a pod that is gone was done, any other failure ends it."""
+    saved = [failure for failure in failures if failure.failure_class == FailureClass.SAVED]
+    undisturbed = all(failure.failure_class in (FailureClass.SAVED, FailureClass.POD) for failure in failures)
+    if not saved or not undisturbed or all(has_ended(observed, gang, member) for member in gang.members):
+        return 0.0
+    return _seconds_left(observed, saved, SAVE_SECONDS)
+
+
+def _seconds_left(observed: Observation, failures: Sequence[Failure], seconds: float) -> float:
+    first_heard = min(failure.heard_at for failure in failures)
+    return (first_heard + timedelta(seconds=seconds) - observed.now).total_seconds()
+
+
+def _named_after_its_pod(observed: Observation, gang: Gang, cause: Failure) -> Failure:
+    """Tell a save by the pod for which it was made, not by the first that was done with it."""
+    if cause.failure_class != FailureClass.SAVED:
+        return cause
+    for member in gang.members:
+        pod = observed.pod(member.uid)
+        if pod is None or not pod.usable:
+            lost = _lost_pod(observed, pod, member)
+            return replace(
+                cause, message=f"{lost.message}; the workers have saved", pod=lost.pod, node=lost.node, rank=None
+            )
+    return cause
 
 
 def gang_failures(observed: Observation, gang: Gang) -> Iterable[Failure]:
@@ -83,15 +120,18 @@ def gang_failures(observed: Observation, gang: Gang) -> Iterable[Failure]:
 
 def _member_failure(observed: Observation, gang: Gang, member: Member) -> Failure | None:
     pod, heard = observed.pod(member.uid), observed.heard.get(member.uid)
-    said = heard.report if heard and heard.report.generation == gang.generation else None
+    said = observed.said(gang, member)
     if said and said.state == AgentState.SUCCEEDED:
         return None
     killed = _out_of_memory(observed, pod)
     if killed is not None and said is not None and said.state == AgentState.FAILED and _was_killed(said):
         return killed
+    lost = None if pod is not None and pod.usable else _lost_pod(observed, pod, member)
     if heard and said and said.state in (AgentState.FAILED, AgentState.STOPPED):
-        return _reported(pod, member, heard, said)
-    return _lost_pod(observed, pod, member)
+        reported = _reported(pod, member, heard, said)
+        was_asked = said.state == AgentState.STOPPED and reported.failure_class != FailureClass.SAVED
+        return lost if lost and was_asked else reported  # how workers end that do not save says nothing
+    return None if may_still_save(observed, gang, member) else lost
 
 
 def _out_of_memory(observed: Observation, pod: PodView | None) -> Failure | None:
@@ -166,9 +206,8 @@ def lost_before_start(observed: Observation, gang: Gang, chosen: Mapping[int, Po
     return None
 
 
-def _lost_pod(observed: Observation, pod: PodView | None, member: Member) -> Failure | None:
-    if pod is not None and pod.usable:
-        return None
+def _lost_pod(observed: Observation, pod: PodView | None, member: Member) -> Failure:
+    """Return the failure of a member whose pod is gone, has ended or is being deleted."""
     reason, message = "PodDeleted", f"pod {member.pod} (rank {member.rank}) was deleted"
     if pod is not None and pod.disruption:
         reason, message = "Preempted", f"pod {pod.name} (rank {member.rank}) was disrupted: {pod.disruption}"

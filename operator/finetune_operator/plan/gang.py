@@ -5,14 +5,9 @@ never changes after that. It ends by minting the next. So each agent can be told
 generation cannot exist.
 """
 
-from finetune_api.status import Attempt, Gang, JobStatus, Member, RestartReason, Restarts
-from finetune_operator.plan.failure import Failure
-from finetune_operator.plan.observation import NewPod, Observation, instant, timestamp, unset_gang
+from finetune_api.status import Gang, Member
+from finetune_operator.plan.observation import NewPod, Observation, timestamp, unset_gang
 from finetune_operator.views import PodView
-
-ATTEMPTS_KEPT = 10
-QUICK_FAILURE_SECONDS = 60.0
-LAST_BACKOFF_SECONDS = 300.0
 
 
 def choose_pods(observed: Observation, gang: Gang) -> dict[int, PodView]:
@@ -61,67 +56,3 @@ def resized(observed: Observation, gang: Gang) -> Gang:
     if (gang.nodes, gang.processes_per_node) == (workers.nodes, workers.local_processes):
         return gang
     return next_generation(observed, gang)
-
-
-def with_attempt(observed: Observation, status: JobStatus, gang: Gang, failure: Failure) -> JobStatus:
-    """Return ``status`` with the end of ``gang`` among its attempts."""
-    attempt = Attempt(
-        generation=gang.generation,
-        start_time=gang.start_time,
-        end_time=timestamp(observed.now),
-        reason=failure.reason,
-        message=failure.message[:2048],
-        pod=failure.pod,
-        node=failure.node or None,
-        rank=failure.rank,
-        exit_code=failure.exit_code,
-        signal=failure.signal,
-    )
-    return status.model_copy(update={"attempts": [*status.attempts, attempt][-ATTEMPTS_KEPT:]})
-
-
-def with_restart(observed: Observation, status: JobStatus, failure: Failure) -> JobStatus:
-    """Return ``status`` with one more restart counted, in all, for its reason and in the present window."""
-    restarts = status.restarts or Restarts()
-    counts = {entry.reason: entry.count for entry in restarts.by_reason}
-    counts[failure.reason] = counts.get(failure.reason, 0) + 1
-    fresh = restarts.window_start is None or _window_is_over(observed, restarts)
-    restarts = Restarts(
-        total=restarts.total + 1,
-        used=1 if fresh else restarts.used + 1,
-        window_start=timestamp(observed.now) if fresh else restarts.window_start,
-        by_reason=[RestartReason(reason=reason, count=count) for reason, count in sorted(counts.items())][:32],
-    )
-    return status.model_copy(update={"restarts": restarts})
-
-
-def restarts_left(observed: Observation, status: JobStatus) -> int:
-    """Return how many restarts the budget still allows in its window."""
-    restarts = status.restarts or Restarts()
-    used = 0 if restarts.window_start is None or _window_is_over(observed, restarts) else restarts.used
-    return observed.job.spec.recovery.max_restarts - used
-
-
-def _window_is_over(observed: Observation, restarts: Restarts) -> bool:
-    assert restarts.window_start is not None
-    age = (observed.now - instant(restarts.window_start)).total_seconds()
-    return age >= observed.job.spec.recovery.window_seconds
-
-
-def backoff_seconds(observed: Observation, status: JobStatus) -> float:
-    """Return how long the next incarnation still has to wait: 0 after the first quick failure, then 2, 4, 8 … seconds."""
-    quick = 0
-    for attempt in reversed(status.attempts):
-        if _lasted(attempt) >= QUICK_FAILURE_SECONDS:
-            break
-        quick += 1
-    if quick < 2:
-        return 0.0
-    wait = min(LAST_BACKOFF_SECONDS, 2.0 ** (quick - 1))
-    return max(0.0, wait - (observed.now - instant(status.attempts[-1].end_time)).total_seconds())
-
-
-def _lasted(attempt: Attempt) -> float:
-    if attempt.start_time is None:  # it never was complete
-        return 0.0
-    return (instant(attempt.end_time) - instant(attempt.start_time)).total_seconds()

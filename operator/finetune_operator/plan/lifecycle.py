@@ -4,25 +4,30 @@ from datetime import timedelta
 
 from finetune_api.protocol import AgentState, Phase
 from finetune_api.status import ConditionType, Gang, JobPhase, JobStatus
+from finetune_operator.plan.checkpoints import after_a_generation
 from finetune_operator.plan.conditions import Situation, with_conditions
 from finetune_operator.plan.failure import Failure, FailureClass, find_cause, lost_before_start
 from finetune_operator.plan.gang import (
-    backoff_seconds,
     choose_pods,
     missing_pods,
     next_generation,
     resized,
-    restarts_left,
     surplus_pods,
-    with_attempt,
     with_members,
-    with_restart,
 )
+from finetune_operator.plan.leaving import describe
 from finetune_operator.plan.observation import Observation, Plan, instant, is_final, timestamp, unset_gang
 from finetune_operator.plan.pending import is_blocked, waiting_for
 from finetune_operator.plan.progress import fold_reports
-
-NOBODYS_FAULT = frozenset({"Preempted", "PortInUse"})  # reasons that use no restart of the budget
+from finetune_operator.plan.recovery import (
+    Hold,
+    backoff_seconds,
+    find_hold,
+    restarts_left,
+    uses_budget,
+    with_attempt,
+    with_restart,
+)
 
 
 def plan_job(observed: Observation) -> Plan:
@@ -63,16 +68,14 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
 
 
 def _plan_failure(observed: Observation, status: JobStatus, gang: Gang, failure: Failure) -> Plan:
-    status = with_attempt(observed, status, gang, failure)
+    status = after_a_generation(with_attempt(observed, status, gang, failure))
     if failure.failure_class == FailureClass.TERMINAL:
         return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, failure.reason, failure.message))
-    is_free = failure.reason in NOBODYS_FAULT
-    if not is_free and restarts_left(observed, status) <= 0:
+    if uses_budget(failure) and restarts_left(observed, status) <= 0:
         spent = observed.job.spec.recovery.max_restarts
         message = f"gave up after {spent} restarts (recovery.maxRestarts); last: {failure.reason}: {failure.message}"
         return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, "RestartsExhausted", message))
-    if not is_free:
-        status = with_restart(observed, status, failure)
+    status = with_restart(observed, status, failure)
     return _plan_assembly(observed, status, next_generation(observed, gang))
 
 
@@ -83,13 +86,16 @@ def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan
     if lost is not None:
         return _plan_failure(observed, status, gang, lost)
     complete = with_members(observed, gang, chosen)
-    delay = backoff_seconds(observed, status)
+    delay, hold = backoff_seconds(observed, status, gang), find_hold(status, gang)
     missing = missing_pods(gang, chosen)
     problem = observed.problem if missing else None  # pods cannot be made of such a spec
     if complete is not None and delay <= 0:
         gang = complete
         status = status.model_copy(update={"start_time": status.start_time or timestamp(observed.now)})
-        situation = Situation(_starting_phase(gang), "Starting", f"generation {gang.generation} is being started")
+        message = f"generation {gang.generation} is being started"
+        situation = _tried_again(hold, gang) or Situation(_starting_phase(gang), "Starting", message)
+    elif hold is not None and delay > 0 and problem is None:
+        situation = _held(hold)
     elif complete is not None:
         message = f"all pods are ready; waiting {delay:.0f} s after repeated failures"
         situation = Situation(_starting_phase(gang), "BackingOff", message)
@@ -104,6 +110,19 @@ def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan
         delete=surplus_pods(observed, gang, chosen),
         look_again_seconds=_soonest(delay or None, _deadline_seconds(observed)),
     )
+
+
+def _held(hold: Hold) -> Situation:
+    message = f"{hold.message}; so since {hold.since}, next try at {timestamp(hold.retry_at)}"
+    return Situation(JobPhase.RECOVERING, hold.reason, message, stalled=hold.needs_somebody)
+
+
+def _tried_again(hold: Hold | None, gang: Gang) -> Situation | None:
+    """What a gang was held for is told until it trains again: starting is not yet healing."""
+    if hold is None:
+        return None
+    message = f"{hold.message}; so since {hold.since}, generation {gang.generation} tries again"
+    return Situation(JobPhase.RECOVERING, hold.reason, message, stalled=hold.needs_somebody)
 
 
 def _plan_suspended(observed: Observation, gang: Gang) -> Plan:
@@ -121,12 +140,14 @@ def _plan_suspended(observed: Observation, gang: Gang) -> Plan:
             gang = next_generation(observed, gang)  # their names are taken for as long as they are leaving
     else:
         situation = Situation(JobPhase.SUSPENDED, "Suspended", "spec.suspend is true; no pod is kept")
+        status = after_a_generation(status, at_rest=True)
     status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
     return Plan(status, delete=tuple(pod for pod in alive if not pod.deleting))
 
 
 def _plan_end(observed: Observation, status: JobStatus, gang: Gang, situation: Situation) -> Plan:
     gang = gang.model_copy(update={"ready": 0})
+    status = after_a_generation(status, at_rest=True)
     status = status.model_copy(update={"completion_time": timestamp(observed.now), "gang": gang})
     spec = observed.job.spec
     return Plan(
@@ -176,21 +197,20 @@ def _is_suspended(status: JobStatus) -> bool:
 
 def _states(observed: Observation, gang: Gang) -> list[AgentState]:
     """Return what each member's agent says of this generation; Idle while it has not started it."""
-    states = []
-    for member in gang.members:
-        heard = observed.heard.get(member.uid)
-        of_this = heard is not None and heard.report.generation == gang.generation
-        states.append(heard.report.state if heard is not None and of_this else AgentState.IDLE)
-    return states
+    said = [observed.said(gang, member) for member in gang.members]
+    return [report.state if report is not None else AgentState.IDLE for report in said]
 
 
 def _running_situation(observed: Observation, gang: Gang, ready: int) -> Situation:
+    leaving = describe(observed, gang)
+    if leaving is not None:
+        return Situation(JobPhase.RECOVERING, "PodLeaving", leaving)
     if ready == gang.nodes and _has_initialized(observed, gang):
         return Situation(JobPhase.RUNNING, "Running", f"generation {gang.generation} trains on {gang.nodes} nodes")
     message = f"generation {gang.generation}: {ready} of {gang.nodes} nodes have started"
     if ready == gang.nodes:
         message = f"generation {gang.generation}: the workers are initializing"
-    return Situation(_starting_phase(gang), "Starting", message)
+    return _tried_again(find_hold(observed.status, gang), gang) or Situation(_starting_phase(gang), "Starting", message)
 
 
 def _has_initialized(observed: Observation, gang: Gang) -> bool:

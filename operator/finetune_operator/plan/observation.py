@@ -1,21 +1,22 @@
 """What a decision is made from, and what it looks like."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from finetune_api.job import FineTuneJob
 from finetune_api.protocol import Report
-from finetune_api.status import Gang, JobStatus
+from finetune_api.status import Gang, JobStatus, Member
 from finetune_operator.views import PodView
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """The newest report of one agent, and since when it has said the same of the same generation."""
+    """The newest report of one agent, since when it has said the same of the same generation, and when it was heard last."""
 
     report: Report
     since: datetime
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Problem:
 class Observation:
     """Everything that is known of one job at one instant.
 
-    ``heard`` is by pod uid, and holds only what this operator process has heard itself. ``problem`` is what is wrong with the spec,
+    ``heard`` is by pod uid, and holds only what this operator process has heard itself, also of members whose pods are gone. ``problem`` is what is wrong with the spec,
     ``obstacle`` what the API server said when a pod could not be created.
     """
 
@@ -40,6 +41,10 @@ class Observation:
     problem: Problem | None
     now: datetime
     obstacle: Problem | None = None
+    _pods: Mapping[str, PodView] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_pods", {pod.uid: pod for pod in self.pods})
 
     @property
     def status(self) -> JobStatus:
@@ -48,7 +53,17 @@ class Observation:
 
     def pod(self, uid: str) -> PodView | None:
         """Return the pod with this uid, if it exists."""
-        return next((pod for pod in self.pods if pod.uid == uid), None)
+        return self._pods.get(uid)
+
+    def said(self, gang: Gang, member: Member) -> Report | None:
+        """Return what the agent of a member says of this generation, if it has said anything."""
+        heard = self.heard.get(member.uid)
+        return heard.report if heard is not None and heard.report.generation == gang.generation else None
+
+    def said_by_first(self, gang: Gang) -> Report | None:
+        """Return what node 0 says of this generation: it speaks for the whole gang."""
+        first = next((member for member in gang.members if member.rank == 0), None)
+        return self.said(gang, first) if first is not None else None
 
 
 @dataclass(frozen=True, slots=True)

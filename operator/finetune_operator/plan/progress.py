@@ -13,23 +13,24 @@ from finetune_api.status import (
     MetricValue,
     ModelResult,
 )
-from finetune_operator.plan.observation import Observation, timestamp
+from finetune_operator.plan.checkpoints import fold_resumed, fold_saves
+from finetune_operator.plan.observation import Observation, instant, timestamp
 
 
 def fold_reports(observed: Observation, gang: Gang, status: JobStatus) -> JobStatus:
     """Return ``status`` with what the gang's node 0 reports of this generation. Other pods' claims of progress are not believed."""
-    first = next((member for member in gang.members if member.rank == 0), None)
-    heard = observed.heard.get(first.uid) if first else None
-    if heard is None or heard.report.generation != gang.generation:
+    report = observed.said_by_first(gang)
+    if report is None:
         return status
-    report = heard.report
     updates: dict[str, object] = {}
     if report.progress is not None:
         updates["progress"] = _progress(report.progress, status.progress, observed)
     if report.evaluation is not None:
         updates["evaluation"] = _evaluation(report.evaluation)
-    updates |= _storage(report)
-    return status.model_copy(update=updates)
+    status = status.model_copy(update=updates | _storage(report))
+    if report.saves is not None:
+        status = status.model_copy(update={"saves": fold_saves(status, report.saves)})
+    return status if report.resumed is None else fold_resumed(status, gang, report.resumed)
 
 
 def _progress(new: Progress, known: JobProgress | None, observed: Observation) -> JobProgress:
@@ -67,7 +68,7 @@ def _storage(report: Report) -> dict[str, object]:
     if report.checkpoint is not None:
         updates["checkpoint"] = JobCheckpoint(
             step=report.checkpoint.step,
-            commit_time=report.checkpoint.commit_time,
+            commit_time=timestamp(instant(report.checkpoint.commit_time)),
             bytes=report.checkpoint.size_bytes,
             uri=report.checkpoint.uri,
         )

@@ -6,17 +6,16 @@ root find a writable HOME, a user name and cache folders.
 """
 
 from finetune_api import contract
-from finetune_api.job import FineTuneJob, Resources, Script
+from finetune_api.job import FineTuneJob, Script
+from finetune_api.quantity import total_bytes
 from finetune_api.recipe import Recipe
 from finetune_operator.kube_object import KubeObject
 from finetune_operator.plan.observation import NewPod
 from finetune_operator.render.names import child_metadata, child_name, job_labels, pod_name
-from finetune_operator.render.quantity import total_bytes
 from finetune_operator.settings import Profile, Settings
 
 USER_ID = 65532
 GRACE_SECONDS = 60
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": False, "AWS_SECRET_ACCESS_KEY": False, "AWS_SESSION_TOKEN": True}  # → optional
 RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 INIT_RESOURCES = {"cpu": "100m", "memory": "128Mi"}
 
@@ -91,7 +90,7 @@ def _init_container(settings: Settings) -> KubeObject:
 
 def _trainer_container(job: FineTuneJob, profile: Profile) -> KubeObject:
     script = job.spec.script
-    resources = _resources(job.spec.workers.resources, profile)
+    resources = _resources(job, profile)
     mounts = [
         {"name": "agent", "mountPath": contract.AGENT_FOLDER},
         {"name": "config", "mountPath": contract.CONFIG_FOLDER, "readOnly": True},
@@ -100,6 +99,10 @@ def _trainer_container(job: FineTuneJob, profile: Profile) -> KubeObject:
         {"name": "scratch", "mountPath": "/tmp", "subPath": "tmp"},  # noqa: S108  the pod's own
         {"name": "shared-memory", "mountPath": contract.SHARED_MEMORY_FOLDER},
     ]
+    if staging_memory(job) is not None:
+        mounts.append({"name": "staging", "mountPath": contract.STAGING_FOLDER})
+    if _secret(job) is not None:
+        mounts.append({"name": "credentials", "mountPath": contract.CREDENTIALS_FOLDER, "readOnly": True})
     claims = [
         {"name": volume, "mountPath": f"{contract.CLAIMS_FOLDER}/{claim}", "readOnly": True}
         for volume, claim in claims_of(job).items()
@@ -117,9 +120,17 @@ def _trainer_container(job: FineTuneJob, profile: Profile) -> KubeObject:
     }
 
 
-def _resources(asked: Resources, profile: Profile) -> dict[str, str]:
-    resources = {"cpu": asked.cpu, "memory": total_bytes(asked.memory, profile.shared_memory)}
+def _resources(job: FineTuneJob, profile: Profile) -> dict[str, str]:
+    """Return what the trainer asks for, and on top of it what lies in its volumes of memory, which the kernel counts as the pod's."""
+    asked = job.spec.workers.resources
+    in_memory = [profile.shared_memory, staging_memory(job) or "0"]
+    resources = {"cpu": asked.cpu, "memory": total_bytes(asked.memory, *in_memory)}
     return resources | ({profile.gpu_resource: str(asked.gpus)} if asked.gpus else {})
+
+
+def staging_memory(job: FineTuneJob) -> str | None:
+    """Return the size of the volume for checkpoints on their way, or None for a script, whose checkpoints are its own."""
+    return job.spec.checkpoint.staging_memory if job.spec.recipe is not None else None
 
 
 def _environment(job: FineTuneJob, profile: Profile, script: Script | None) -> list[KubeObject]:
@@ -153,13 +164,34 @@ def _environment(job: FineTuneJob, profile: Profile, script: Script | None) -> l
 
 def _credentials(job: FineTuneJob) -> list[KubeObject]:
     """Name the keys of the user's secret: the kubelet reads it, the operator never does."""
-    secret = job.spec.storage.secret_name if job.spec.storage else None
+    secret = _secret(job)
     if secret is None:
         return []
     return [
         {"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key, "optional": optional}}}
-        for key, optional in CREDENTIALS.items()
+        for key, optional in contract.CREDENTIALS.items()
     ]
+
+
+def _secret(job: FineTuneJob) -> str | None:
+    return job.spec.storage.secret_name if job.spec.storage else None
+
+
+def _storage_volumes(job: FineTuneJob) -> list[KubeObject]:
+    """Return the volumes of what goes to storage and of the right to do so.
+
+    The secret is optional as a volume: one that is missing shows in the reason why the container waits for its environment, and a
+    volume would hide that.
+    """
+    volumes: list[KubeObject] = []
+    size, secret = staging_memory(job), _secret(job)
+    if size is not None:
+        volumes.append({"name": "staging", "emptyDir": {"medium": "Memory", "sizeLimit": size}})
+    if secret is not None:
+        items = [{"key": key, "path": key} for key in contract.CREDENTIALS]
+        source = {"secretName": secret, "optional": True, "defaultMode": 0o440, "items": items}
+        volumes.append({"name": "credentials", "secret": source})
+    return volumes
 
 
 def _volumes(job: FineTuneJob, profile: Profile) -> list[KubeObject]:
@@ -174,6 +206,7 @@ def _volumes(job: FineTuneJob, profile: Profile) -> list[KubeObject]:
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shared_memory}},
         {"name": "config", "configMap": {"name": child_name(job)}},
         {"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}},
+        *_storage_volumes(job),
         *claims,
     ]
 

@@ -41,6 +41,7 @@ CASES = {
     )
 }
 RESHAPES = {
+    3: [(name, name) for name in ("zero 0 BF16", "zero 1 FP32", "zero 2 BF16", "zero 3 FP32")],
     2: [
         ("zero 2 BF16", "zero 3 BF16"),
         ("zero 3 FP32", "zero 1 FP32"),
@@ -139,7 +140,7 @@ class Rounds:
 
     def reshape(self):
         for number, (source, target) in enumerate(RESHAPES[dist.get_world_size()]):
-            generation = 20 // dist.get_world_size() + number  # first two ranks, then one
+            generation = 60 // dist.get_world_size() + number  # first three ranks, then two, then one
             engine = new_engine(CASES[target])
             checkpoints = self.checkpoints(engine, source, generation)
             found, _ = checkpoints.resume()
@@ -174,3 +175,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # as the trainer leaves: the end of a process group may abort while a peer is still in it

@@ -1,7 +1,9 @@
 """The format on disk is frozen: what is written today must be read for ever. See docs/checkpoint-format.md."""
 
+import gzip
 import hashlib
 import json
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
@@ -13,7 +15,7 @@ import torch
 from hypothesis import given
 from safetensors import safe_open
 
-from finetune_trainer.checkpoint import head, manifest
+from finetune_trainer.checkpoint import fetch, head, manifest
 from finetune_trainer.checkpoint.fetch import Broken, fill, plan
 from finetune_trainer.checkpoint.manifest import CHUNK_BYTES, Interval, Manifest, Parameter, Position, Shard
 from finetune_trainer.checkpoint.shard import Owned
@@ -125,6 +127,19 @@ def test_any_other_json_in_a_field_is_unreadable_and_nothing_worse(value):
                 decode(json.dumps({**document, name: value}).encode())
 
 
+def test_a_large_manifest_is_compressed_and_reads_the_same():
+    intervals = tuple(Interval(0, 7 * number, 7, 192 + 84 * number) for number in range(60_000))
+    large = replace(MANIFEST, shards=(Shard("rank-00000.safetensors", 1, (), intervals),))
+    body = manifest.encode(large)
+    assert gzip.decompress(body).startswith(b'{"version":1,"step":100,')
+    assert len(body) < len(gzip.decompress(body)) / 3
+    assert manifest.decode(body) == large
+    assert manifest.encode(large) == body, "the same bytes each time: they are hashed"
+    for torn in (body[:-9], body[:100], body[:2]):
+        with pytest.raises(head.Unreadable):
+            manifest.decode(torn)
+
+
 def owned(name, start, values):
     views = tuple(torch.tensor(values, dtype=torch.float32) + state for state in range(3))
     return Owned(name, start, views)
@@ -187,17 +202,91 @@ def test_any_interval_of_many_chunks_is_read_right(large, start, count):
         assert torch.equal(view, whole[start : start + count])
 
 
+class Watched(MemoryObjectStore):
+    """Notes every read, as chunks, and lets a test look on while several are under way."""
+
+    def __init__(self, store, during=lambda read: None):
+        super().__init__()
+        self.objects = dict(store.objects)
+        self.reads = []
+        self.during = during
+
+    def read_into(self, uri, start, out):
+        self.reads.append((start // CHUNK_BYTES, -(-len(out) // CHUNK_BYTES)))
+        super().read_into(uri, start, out)
+        self.during(out)
+
+
+def targets(count):
+    return Owned("w", 0, tuple(torch.zeros(count) for _ in range(3)))
+
+
 def test_only_the_chunks_that_are_needed_are_read(large):
     store, description, _ = large
-    asked = []
+    watched = Watched(store)
+    fill(watched, "s3://b/", description, [Owned("w", 100, tuple(torch.zeros(10) for _ in range(3)))])
+    assert sorted(watched.reads) == [(0, 1), (3, 1), (6, 1)], "one chunk for each of the three states"
 
-    class Counting(MemoryObjectStore):
-        def get(self, uri, start=None, length=None):
-            asked.append((start // CHUNK_BYTES, length))
-            return store.get(uri, start, length)
 
-    fill(Counting(), "s3://b/", description, [Owned("w", 100, tuple(torch.zeros(10) for _ in range(3)))])
-    assert asked == [(chunk, CHUNK_BYTES) for chunk in (0, 3, 6)], "one chunk for each of the three states"
+def test_neighbouring_chunks_are_read_together(large):
+    store, description, part = large
+    watched = Watched(store)
+    fill(watched, "s3://b/", description, [targets(part.count)])
+    assert sorted(watched.reads) == [(0, 4), (4, 4), (8, 3)]
+
+
+def test_so_many_runs_are_read_side_by_side_and_no_more(large, monkeypatch):
+    store, description, part = large
+    monkeypatch.setattr(fetch, "CHUNKS_PER_READ", 1)
+    lock, together, under_way, most = threading.Lock(), threading.Event(), 0, 0
+
+    def look(_):
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        if most == fetch.READERS:
+            together.set()
+        together.wait(30)
+        with lock:
+            under_way -= 1
+
+    fill(Watched(store, look), "s3://b/", description, [targets(part.count)])
+    assert most == fetch.READERS
+
+
+def test_a_chunk_that_breaks_on_its_way_is_read_once_more(large):
+    store, description, part = large
+    faults = iter([1])
+
+    def damage(out):
+        out[-1] ^= next(faults, 0)
+
+    watched = Watched(store, damage)
+    target = Owned("w", 100, tuple(torch.zeros(10) for _ in range(3)))
+    fill(watched, "s3://b/", description, [target])
+    assert len(watched.reads) == 4
+    assert all(torch.equal(view, whole[100:110]) for view, whole in zip(target.views, part.views, strict=True))
+
+
+def flip(body):
+    return body[:-1] + bytes([body[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(flip, r"rank-00000\.safetensors has other bytes than were written, between 67108864", id="a bit"),
+        pytest.param(lambda body: body[:-1], r"rank-00000\.safetensors ends before byte 87600", id="the last byte"),
+        pytest.param(lambda body: None, r"rank-00000\.safetensors is missing", id="the object"),
+    ],
+)
+def test_what_is_damaged_in_the_store_is_broken_and_named(large, change, message):
+    store, description, part = large
+    damaged = Watched(store)
+    damaged.objects = {u: changed for u, body in store.objects.items() if (changed := change(body)) is not None}
+    with pytest.raises(Broken, match=message):
+        fill(damaged, "s3://b/", description, [targets(part.count)])
 
 
 cuts = st.lists(st.integers(1, 39), max_size=6, unique=True).map(sorted)

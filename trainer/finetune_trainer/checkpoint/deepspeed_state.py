@@ -84,6 +84,18 @@ def owned(engine: Any) -> list[Owned]:
     return [part for part in (_share(part, rank, size) for part in parts) if part.count]
 
 
+def share(parameter: Any, rank: int, size: int) -> tuple[int, torch.Tensor]:
+    """Return a rank's share of any parameter, flattened, and the number of its first: together the ranks hold it once.
+
+    Under ZeRO-3 it is the partition that lies there, otherwise an equal part.
+    """
+    if hasattr(parameter, "ds_tensor"):
+        start = parameter.partition_numel() * dist.get_rank(group=parameter.ds_process_group)
+        return start, parameter.ds_tensor.data.view(-1)[: max(0, parameter.ds_numel - start)]
+    flat, numel = parameter.data.reshape(-1), parameter.numel()
+    return numel * rank // size, flat[numel * rank // size : numel * (rank + 1) // size]
+
+
 def adam_step(engine: Any) -> int:
     """Return how many steps the moments have seen; 0 where they do not exist yet."""
     steps = (_existing_step(engine, fragment.flat) for fragment in _fragments(engine))

@@ -2,10 +2,14 @@
 
 The layout is one list of intervals per object, four integers each, in the order of the bytes. The three states of an
 interval (fp32, exp_avg, exp_avg_sq) follow one another, so that one entry tells where each of them lies.
+
+A thousand ranks times hundreds of parameters make tens of megabytes of very regular numbers: a large manifest is compressed.
 """
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +21,9 @@ CHUNK_BYTES = object_store.CHUNK_BYTES
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 ITEM_BYTES = 4
 MANIFEST_NAME = "manifest.json"
+COMPRESSED_FROM_BYTES = 2**20
+DECOMPRESSED_LIMIT_BYTES = 2**30
+_GZIP_MAGIC = b"\x1f\x8b"
 
 Json = dict[str, Any]
 
@@ -95,7 +102,8 @@ def encode(manifest: Manifest) -> bytes:
         "parameters": [[parameter.name, parameter.numel] for parameter in manifest.parameters],
         "shards": [shard_to_json(shard) for shard in manifest.shards],
     }
-    return json.dumps(document, separators=(",", ":")).encode()
+    body = json.dumps(document, separators=(",", ":")).encode()
+    return body if len(body) < COMPRESSED_FROM_BYTES else gzip.compress(body, compresslevel=6, mtime=0)
 
 
 def decode(body: bytes) -> Manifest:
@@ -105,7 +113,7 @@ def decode(body: bytes) -> Manifest:
         Unreadable: they are none, or one of a version to come.
     """
     try:
-        document: Json = json.loads(body)
+        document: Json = json.loads(_decompressed(body))
         layout = (document["version"], document["chunkBytes"], tuple(document["states"]))
         if layout != (FORMAT_VERSION, CHUNK_BYTES, STATES):
             raise Unreadable(f"version, chunk size and states are {layout!r}")
@@ -123,8 +131,18 @@ def decode(body: bytes) -> Manifest:
             scalars=document["scalars"],
             shards=tuple(shard_from_json(shard) for shard in document["shards"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, zlib.error) as error:
         raise Unreadable(f"{type(error).__name__}: {error}") from error
+
+
+def _decompressed(body: bytes) -> bytes:
+    if not body.startswith(_GZIP_MAGIC):
+        return body
+    reader = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    text = reader.decompress(body, DECOMPRESSED_LIMIT_BYTES)
+    if not reader.eof:
+        raise ValueError("it ends in the middle, or is larger than any manifest")
+    return text
 
 
 def shard_to_json(shard: Shard) -> Json:

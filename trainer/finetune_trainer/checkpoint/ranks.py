@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 TIMEOUT = timedelta(hours=2)
 """How long one rank may take for its part; a rank that dies is noticed at once, through its closed connections."""
@@ -34,15 +35,22 @@ class Ranks:
         """
         outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, self._outcome(work), group=self.group)
-        for outcome in outcomes:
-            _raise_if_error(outcome)
-        return [cast("T", value) for value, _ in outcomes]
+        return _values(outcomes)
 
     def each_keeps(self, work: Callable[[], T]) -> T:
         """Do the work on each rank and return this rank's own result, which need not be sent; errors as in :meth:`each`."""
         outcome = self._outcome(work)
         self.each(partial(_reraise, outcome[1]))
         return cast("T", outcome[0])
+
+    def collect(self, work: Callable[[], T], combine: Callable[[list[T]], S]) -> S:
+        """Do the work on each rank, combine the results on rank 0, and return what that gave, or raise its error, on every rank.
+
+        Only the combined result goes to all: the descriptions of a thousand shards need not.
+        """
+        outcomes: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(self._outcome(work), outcomes, dst=0, group=self.group)
+        return self.first(lambda: combine(_values(outcomes or [])))
 
     def first(self, work: Callable[[], T]) -> T:
         """Do the work on rank 0 and return its result, or raise its error, on every rank."""
@@ -61,6 +69,13 @@ class Ranks:
 def _reraise(error: Exception | None) -> None:
     if error is not None:
         raise error
+
+
+def _values(outcomes: list[Any]) -> list[Any]:
+    """Return the results, or raise the error of the lowest rank that has one."""
+    for outcome in outcomes:
+        _raise_if_error(outcome)
+    return [value for value, _ in outcomes]
 
 
 def _raise_if_error(outcome: tuple[Any, Exception | None]) -> None:

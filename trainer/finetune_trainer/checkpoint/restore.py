@@ -13,6 +13,7 @@ from typing import Any
 from finetune_trainer.checkpoint import deepspeed_state as state
 from finetune_trainer.checkpoint import manifest as manifests
 from finetune_trainer.checkpoint.commit import HEAD_KEY
+from finetune_trainer.checkpoint.exchange import Exchange
 from finetune_trainer.checkpoint.fetch import Broken, fill
 from finetune_trainer.checkpoint.head import Kept, Unreadable, decode
 from finetune_trainer.checkpoint.manifest import Manifest, Position
@@ -108,10 +109,21 @@ class Restorer:
         manifest = manifests.decode(self._ranks.first(partial(self._read_manifest, prefix, kept)))
         self._require_same_job(manifest, f"{prefix}/{kept.manifest}", recipe_digest)
         state.begin_restore(self._engine)
-        folder_uri = f"{prefix}/{kept.folder}"
-        self._ranks.each(lambda: fill(self._store, folder_uri, manifest, state.held(self._engine)))
+        self._read(f"{prefix}/{kept.folder}", manifest)
         state.finish_restore(self._engine, manifest.scalars)
         return manifest
+
+    def _read(self, folder_uri: str, manifest: Manifest) -> None:
+        held, ranks = state.held(self._engine), self._ranks
+        as_it_was = (manifest.world_size, manifest.zero_stage) == (ranks.size, state.zero_stage(self._engine))
+        if ranks.size == 1 or (as_it_was and not state.is_replicated(self._engine)):
+            ranks.each(lambda: fill(self._store, folder_uri, manifest, held))
+            return
+        exchange = Exchange(store=self._store, folder_uri=folder_uri, manifest=manifest, held=held, ranks=ranks)
+        if state.is_replicated(self._engine):
+            exchange.to_all()
+        else:
+            exchange.to_holders()
 
     def _read_manifest(self, prefix: str, kept: Kept) -> bytes:
         uri = f"{prefix}/{kept.manifest}"

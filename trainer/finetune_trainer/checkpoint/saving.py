@@ -165,8 +165,9 @@ class Saver:
     def _finish(self, slot: Slot, seal: Seal, folder: str, shard: Callable[[], Shard], started: float) -> Outcome:
         step = seal.position.step
         try:
-            parts = self._ranks.each(lambda: self._upload(slot, seal, folder, shard()))
-            kept = self._ranks.first(partial(self._commit, seal, folder, parts))
+            kept = self._ranks.collect(
+                lambda: self._upload(slot, seal, folder, shard()), partial(self._commit, seal, folder)
+            )
         except TrainingError as error:
             return Outcome(step, time.monotonic() - started, error=error)
         uri = f"{self._prefix}/{folder.rstrip('/')}"

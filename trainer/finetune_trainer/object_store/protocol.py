@@ -28,7 +28,10 @@ class ObjectTooShort(BadConfig):
 
 
 class UploadStopped(Exception):
-    """An upload ended because its caller asked for it. Nothing was written."""
+    """An upload ended because its caller asked for it.
+
+    Nothing was written, unless all was and only the answer to the last request was still missing.
+    """
 
 
 class PreconditionFailed(Exception):

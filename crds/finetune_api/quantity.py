@@ -1,4 +1,4 @@
-"""Sums of Kubernetes quantities."""
+"""The numbers that Kubernetes quantities stand for."""
 
 import re
 from decimal import Decimal
