@@ -85,12 +85,14 @@ def points(most: int) -> Iterator[int]:
 def test_a_rank_dies_at_any_request_and_nothing_is_lost(
     site, remains, requests_of_a_run, victim, moment, pods, request
 ):
+    deaths = 0
     for k in points(requests_of_a_run[pods]):
         try:
-            die_and_go_on(site, remains, k, victim=victim, after=moment == "after", pods=pods)
+            deaths += die_and_go_on(site, remains, k, victim=victim, after=moment == "after", pods=pods)
         except BaseException:
             print(f"\nreplay: FINETUNE_CRASH_POINTS={k} pytest '{request.node.nodeid}'")
             raise
+    print(f"{deaths} deaths in {requests_of_a_run[pods]} requests")
 
 
 def new_job(site: Site, left: Remains, pods: str) -> tuple[Prefix, Path]:
@@ -100,7 +102,8 @@ def new_job(site: Site, left: Remains, pods: str) -> tuple[Prefix, Path]:
     return prefix, site.new_pod(left, prefix) if pods == SAME else site.new_pod()
 
 
-def die_and_go_on(site: Site, left: Remains, k: int, *, victim: int, after: bool, pods: str) -> None:
+def die_and_go_on(site: Site, left: Remains, k: int, *, victim: int, after: bool, pods: str) -> bool:
+    """Return whether the victim died of it, and not of old age."""
     prefix, pod = new_job(site, left, pods)
     with faulty_proxy(site.server.endpoint) as proxy:
         death = Death(proxy, at=k, victim=victim, after=after)
@@ -108,9 +111,10 @@ def die_and_go_on(site: Site, left: Remains, k: int, *, victim: int, after: bool
         gang.end(PEER_SECONDS)
         assert written_more_than_once(proxy) == {}
     site.check(gang)
-    if len(proxy.requests) >= k:
-        assert gang.codes[gang.pids[victim]] == -signal.SIGKILL or gang.told("done", victim), gang.story()
+    died = gang.codes[gang.pids[victim]] == -signal.SIGKILL
+    assert died or len(proxy.requests) < k or gang.told("done", victim), gang.story()
     assert prefix.head()["generation"] <= 2
     newest = prefix.check()[0]
     assert newest >= max([2, *gang.committed])
     site.go_on(Remains(prefix, pod if pods == SAME else site.new_pod()), generation=3, committed=newest)
+    return died

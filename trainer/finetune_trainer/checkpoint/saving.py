@@ -29,7 +29,7 @@ from finetune_trainer.checkpoint.commit import CHECKPOINTS_KEY, HeadWriter, crea
 from finetune_trainer.checkpoint.head import Head, Kept
 from finetune_trainer.checkpoint.manifest import MANIFEST_NAME, Json, Manifest, Parameter, Shard
 from finetune_trainer.checkpoint.ranks import Ranks
-from finetune_trainer.checkpoint.retention import delete_checkpoints, delete_orphans
+from finetune_trainer.checkpoint.retention import delete_folders, delete_orphans
 from finetune_trainer.checkpoint.shard import Layout, chunk_digests, copy_in
 from finetune_trainer.checkpoint.staging import Seal, Slot, Staging
 from finetune_trainer.errors import Stale, TrainingError
@@ -106,6 +106,7 @@ class Saver:
         self._attempt = f"g{head.generation}-{self._ranks.first(new_nonce)}"
         self._saves = 0
         self._orphans_deleted = False
+        self._failed: list[str] = []
         self._under_way: deque[_UnderWay] = deque()
         self._thread = ThreadPoolExecutor(1, "saver", initializer=_yield_to_training)
 
@@ -169,6 +170,7 @@ class Saver:
                 lambda: self._upload(slot, seal, folder, shard()), partial(self._commit, seal, folder)
             )
         except TrainingError as error:
+            self._failed.append(folder)
             return Outcome(step, time.monotonic() - started, error=error)
         uri = f"{self._prefix}/{folder.rstrip('/')}"
         checkpoint = Checkpoint(step=step, uri=uri, size_bytes=kept.size_bytes, commit_time=kept.commit_time)
@@ -223,10 +225,11 @@ class Saver:
             log.warning("The evaluation of step %d could not be noted in HEAD: %s", step, error)
 
     def _settled(self, head: Head) -> None:
-        """Delete what a swap took off the list."""
-        listed = {kept.manifest for kept in head.kept}
-        delete_checkpoints(self._store, self._prefix, (kept for kept in self._head.kept if kept.manifest not in listed))
-        self._head = head
+        """Delete what a swap took off the list, and what saves that failed before it have left."""
+        listed = {kept.folder for kept in head.kept}  # a save whose commit nobody confirmed may be in it
+        ended = [*(kept.folder for kept in self._head.kept), *self._failed]
+        delete_folders(self._store, self._prefix, (folder for folder in ended if folder not in listed))
+        self._head, self._failed = head, []
 
 
 def _yield_to_training() -> None:
