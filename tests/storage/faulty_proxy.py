@@ -33,6 +33,9 @@ class Fault(Enum):
     INTERNAL_ERROR = auto()  # not carried out, 500
     CONFLICT = auto()  # not carried out, 409
     EXPIRED = auto()  # not carried out, 400 about the credentials
+    FORBIDDEN = auto()  # not carried out, 403
+    NO_BUCKET = auto()  # not carried out, 404 about the bucket
+    NONSENSE = auto()  # not carried out, 400 with a code of no S3 server
     ERROR_IN_OK = auto()  # not carried out, 200 with an error for a body
     REPEATED = auto()  # carried out twice, the second answer is given
     CORRUPTED = auto()  # a byte of the request's body changes on its way
@@ -45,6 +48,9 @@ REFUSALS = {
     Fault.INTERNAL_ERROR: (500, "InternalError"),
     Fault.CONFLICT: (409, "ConditionalRequestConflict"),
     Fault.EXPIRED: (400, "ExpiredToken"),
+    Fault.FORBIDDEN: (403, "AccessDenied"),
+    Fault.NO_BUCKET: (404, "NoSuchBucket"),
+    Fault.NONSENSE: (400, "GatewayIsBeingReplaced"),
     Fault.ERROR_IN_OK: (200, "InternalError"),
 }
 
@@ -80,6 +86,8 @@ class Proxy:
     after: Callable[[Request], None] = lambda request: None
     """Called when the server has carried a request out, before its answer is passed on."""
     requests: list[Request] = field(default_factory=list)
+    statuses: dict[int, int] = field(default_factory=dict)
+    """What the server answered, by the number of the request; nothing of those that were not carried out."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -177,6 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         status, headers, content = self.ask_backend(body)
         if fault is Fault.REPEATED:
             status, headers, content = self.ask_backend(body)
+        self.server.proxy.statuses[request.number] = status
         self.server.proxy.after(request)
         if fault is Fault.ANSWER_LOST:
             self.close_connection = True

@@ -1,8 +1,8 @@
 """When to save, and what is told of it. The loop asks once per step, and all ranks do what rank 0's clock says.
 
 A save that is due while both staging buffers are on their way is put off to the first step that finds room: training never waits for
-storage. A save that fails is told and tried again when the next is due. Only an error that no later save can mend (another
-generation has taken over, say) ends training, on all ranks at the same step.
+storage. A save that fails, for whatever reason, is told and tried again when the next is due. Only another generation's having taken
+over ends training, on all ranks at the same step.
 """
 
 import time
@@ -14,7 +14,7 @@ from finetune_api.protocol import Phase, ResumeSource, Saves
 from finetune_trainer import saves
 from finetune_trainer.checkpoint.checkpoints import Checkpoints
 from finetune_trainer.checkpoint.manifest import Position
-from finetune_trainer.checkpoint.saving import SURVIVED, Outcome
+from finetune_trainer.checkpoint.saving import ENDS_TRAINING, Outcome
 from finetune_trainer.errors import TrainingError
 from finetune_trainer.job import Job
 from finetune_trainer.progress import Reporter
@@ -126,7 +126,7 @@ class Autosave:
                 self._reporter.say(f"checkpoint of step {outcome.step} not committed: {outcome.error}")
                 if self.saved_step == outcome.step:
                     self.saved_step = None
-                if not isinstance(outcome.error, SURVIVED):
+                if isinstance(outcome.error, ENDS_TRAINING):
                     self._fatal = self._fatal or outcome.error
             self._tell(told)
 

@@ -13,6 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from tests.trainer.checkpoint.faulty_store import FaultyStore
+from tests.trainer.checkpoint.gangs import running_nursery
+from tests.trainer.checkpoint.site import Site, leave_a_commit_and_a_save_under_way
 from tests.trainer.checkpoint.trainee import Case, new_engine, train
 
 
@@ -36,6 +38,20 @@ def engine(alone):
     engine = new_engine(Case("alone", stage=2, precision="BF16"))
     train(engine, range(1))
     return engine
+
+
+@pytest.fixture(scope="session")
+def site(store_server, tmp_path_factory):
+    """Where gangs of real ranks train (see site)."""
+    with running_nursery() as nursery:
+        site = Site(nursery, store_server, tmp_path_factory.mktemp("site"))
+        site.train_undisturbed()
+        yield site
+
+
+@pytest.fixture(scope="session")
+def remains(site):
+    return leave_a_commit_and_a_save_under_way(site)
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,11 @@ def checkpoints(engine, store, generation, *, keep=2, best=None, digest="recipe-
 
 
 def position(step):
-    return Position(step, 8 * step, ((3, 5),))
+    return at(step, ((3, 5),))
+
+
+def at(step, skipped):
+    return Position(step, 8 * step, tuple(sorted(set(skipped))))
 
 
 def mark(engine, value):

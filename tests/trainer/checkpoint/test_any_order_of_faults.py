@@ -1,6 +1,12 @@
-"""Saves, crashes, resumes, rivals, damage and unclear answers in any order: what was committed and not damaged is what is resumed."""
+"""Saves, crashes, resumes, rivals, damage, rollbacks and unclear answers in any order: what is resumed is what was committed last and
+not damaged, or what lies whole and newer in the memory of the pod.
 
+One rank over a store in memory, so that thousands of orders can be tried; real ranks and a real server are in test_crash_points.
+"""
+
+import json
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,11 +20,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from finetune_api.protocol import ResumeSource
 from finetune_trainer.checkpoint.head import decode
-from finetune_trainer.errors import BadData, Stale, StorageUnavailable
+from finetune_trainer.errors import BadData, NoPermission, Stale, StorageUnavailable
 from tests.trainer.checkpoint.faulty_store import Ambiguous, Crash, FaultyStore, Once, PreconditionFailed
-from tests.trainer.checkpoint.incarnations import HEAD, PREFIX, checkpoints, mark, marks, position
+from tests.trainer.checkpoint.incarnations import HEAD, PREFIX, at, checkpoints, mark, marks
 from tests.trainer.checkpoint.trainee import Case, new_engine, train
+
+SUFFIXES = st.sampled_from(["HEAD", "manifest.json"])
+UNCLEAR = st.sampled_from([Ambiguous, PreconditionFailed])
+WHEN = st.sampled_from(["before", "after"])
 
 
 class FaultsInAnyOrder(RuleBasedStateMachine):
@@ -31,76 +42,145 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
         self.generation = 0
         self.step = 0
         self.sequence = 0
+        self.pod = None
+        self.skipped = ()
         self.replaced = []
         self.backups = {}
         self.saver = None
 
     @property
+    def head(self):
+        return decode(self.store.objects[HEAD])
+
+    @property
     def kept(self):
-        return decode(self.store.objects[HEAD]).kept
+        return self.head.kept
 
     def is_damaged(self, kept):
         return any(uri.startswith(f"{PREFIX}/{kept.folder}") for uri in self.backups)
 
-    @initialize(keep=st.integers(1, 3))
-    def start(self, keep):
-        self.keep = keep
-        self.resume()
+    def position(self, step):
+        """Where training stands behind a step: it leaves out what every rollback so far has found."""
+        return at(step, self.skipped)
 
-    def resume(self):
-        if self.saver is not None:
-            self.replaced.append(self.saver)
+    @initialize(keep=st.integers(1, 3), best=st.sampled_from([None, "highest", "lowest"]))
+    def start(self, keep, best):
+        self.keep, self.best = keep, best
+        self.resume(in_same_pod=False)
+
+    def resume(self, *, in_same_pod):
         self.store.heal()
         self.generation += 1
-        self.saver = checkpoints(self.engine, self.store, self.generation, keep=self.keep)
+        if not in_same_pod:
+            if self.saver is not None:
+                self.replaced.append(self.saver)
+            self.pod = Path(tempfile.mkdtemp())
+        self.saver = checkpoints(self.engine, self.store, self.generation, keep=self.keep, best=self.best, pod=self.pod)
         listed = self.kept if HEAD in self.store.objects else ()
         loadable = [kept.step for kept in listed if not self.is_damaged(kept)]
+        in_memory = self.newest_in_memory()
         mark(self.engine, -1)
-        if listed and not loadable:
+        if in_memory is None and listed and not loadable:
             with pytest.raises(BadData, match="none of the"):
                 self.saver.resume()
             self.store.objects.update(self.backups)
             self.backups.clear()
-            return self.resume()
-        found, _ = self.saver.resume()
-        if not listed:
-            assert found.step == 0
+            return self.resume(in_same_pod=True)
+        found, resumed = self.saver.resume()
+        assert all(outcome.error is None for outcome in self.saver.wait())
+        expected = in_memory or (loadable or [0])[0]
+        assert found.step == expected
+        assert marks(self.engine) == {float(expected or -1)}
+        assert (resumed.source == ResumeSource.MEMORY) == (in_memory is not None)
+        assert found == self.position(expected) if expected else found.skipped_ranges == self.skipped
+        if expected:
+            assert self.kept[0].step == expected
+        return resumed
+
+    def newest_in_memory(self):
+        """The newest step that the pod holds whole, of this lineage, and not older than what is committed."""
+        if HEAD not in self.store.objects:
             return None
-        assert found == position(loadable[0])
-        assert marks(self.engine) == {float(loadable[0])}
-        assert self.kept[0].step == loadable[0]
-        return None
+        newest = self.kept[0].step if self.kept else 0
+        seals = [json.loads(path.read_text())["save"] for path in self.pod.glob("*.seal")]
+        return max(
+            (step for lineage, step, _ in seals if lineage == self.head.lineage and step >= newest), default=None
+        )
+
+    def begin(self):
+        self.step += 1
+        mark(self.engine, self.step)
+        self.saver.begin_save(self.position(self.step))
 
     def save(self):
         self.step += 1
         mark(self.engine, self.step)
-        report = self.saver.save(position(self.step))
+        report = self.saver.save(self.position(self.step))
         assert report.step == self.kept[0].step == self.step
-        assert len(self.kept) <= self.keep
+        assert len(self.kept) <= self.keep + (self.best is not None)
+
+    def until_nothing_is_under_way(self):
+        """Let those who are to die do so: a process ends at once, its background only when it is told."""
+        while True:
+            try:
+                return self.saver.wait()
+            except Crash:
+                continue
 
     @rule()
     def save_undisturbed(self):
         self.save()
+        assert self.unlisted_folders_of_this_generation() == set()
 
-    @rule(
-        suffix=st.sampled_from(["HEAD", "manifest.json"]),
-        error=st.sampled_from([Ambiguous, PreconditionFailed]),
-        when=st.sampled_from(["before", "after"]),
-    )
+    def unlisted_folders_of_this_generation(self):
+        keys = (uri.removeprefix(f"{PREFIX}/") for uri in self.store.objects)
+        folders = {key.rpartition("/")[0] + "/" for key in keys if f"/g{self.generation}-" in key}
+        return folders - {kept.folder for kept in self.kept}
+
+    @rule(first=st.booleans(), second=st.booleans(), error=st.sampled_from([StorageUnavailable, NoPermission, BadData]))
+    def save_twice_beside_training(self, first, second, error):
+        """Two saves are under way at once; each may fail, and costs nothing but itself."""
+        failing = [self.step + 1 + number for number, fails in enumerate((first, second)) if fails]
+
+        def fail(method, uri):
+            if any(f"/step-{step}/" in uri and uri.endswith(".safetensors") for step in failing) and method == "upload":
+                raise error("away")
+
+        self.store.before = fail
+        self.begin()
+        self.begin()
+        outcomes = self.saver.wait()
+        self.store.heal()
+        assert [(outcome.step, outcome.error is not None) for outcome in outcomes] == [
+            (step, step in failing) for step in (self.step - 1, self.step)
+        ]
+        if len(failing) < 2:
+            assert self.kept[0].step == max({self.step - 1, self.step} - set(failing))
+
+    @rule(suffix=SUFFIXES, error=UNCLEAR, when=WHEN)
     def save_with_an_unclear_answer(self, suffix, error, when):
         setattr(self.store, when, Once(suffix, error("unclear")))
         self.save()
         self.store.heal()
 
-    @rule(writes=st.integers(0, 8))
-    def save_and_die(self, writes):
+    @rule(writes=st.integers(0, 8), in_same_pod=st.booleans())
+    def save_and_die(self, writes, in_same_pod):
         self.store.crash_after(writes)
         before = self.kept
         try:
             self.save()
         except Crash:
             assert self.kept == before or self.kept[0].step == self.step
-        self.resume()
+        self.until_nothing_is_under_way()
+        self.resume(in_same_pod=in_same_pod)
+
+    @rule(writes=st.integers(0, 12), in_same_pod=st.booleans())
+    def die_with_two_saves_under_way(self, writes, in_same_pod):
+        self.store.crash_after(writes)
+        self.begin()
+        self.begin()
+        self.until_nothing_is_under_way()
+        self.resume(in_same_pod=in_same_pod)
 
     @rule(applied=st.booleans())
     def save_that_is_never_confirmed(self, applied):
@@ -109,25 +189,56 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
                 raise Ambiguous(uri)
 
         if applied:
-            self.store.after = Once("HEAD", Crash())  # the swap happens, its sender never hears of it
-            with pytest.raises(Crash):
-                self.save()
+            self.store.after = Once(
+                "HEAD", StorageUnavailable("away")
+            )  # the swap happens, its sender never hears of it
         else:
             self.store.before = never
-            with pytest.raises(StorageUnavailable):
-                self.save()
+        with pytest.raises(StorageUnavailable):
+            self.save()
         self.store.heal()
 
+    @rule(in_same_pod=st.booleans())
+    def die(self, in_same_pod):
+        self.resume(in_same_pod=in_same_pod)
+
+    @rule(in_same_pod=st.booleans(), error=UNCLEAR, when=WHEN, first=st.integers(0, 50))
+    def roll_back(self, in_same_pod, error, when, first):
+        """Exactly once, whatever the answers; and nothing that was staged before is ever taken up again."""
+        before = self.head
+        setattr(self.store, when, Once("HEAD", error("unclear")))
+        assert self.saver.roll_back((first, first + 2)) == before.rollbacks + 1
+        self.skipped += ((first, first + 2),)
+        resumed = self.resume(in_same_pod=in_same_pod)
+        assert resumed.source != ResumeSource.MEMORY
+        assert (self.head.lineage, self.head.rollbacks) == (before.lineage + 1, before.rollbacks + 1)
+
+    @precondition(lambda self: self.kept)
+    @rule(metric=st.floats(0, 1), data=st.data())
+    def evaluate_and_save(self, metric, data):
+        """The best of what was kept stays."""
+        step = data.draw(st.sampled_from([kept.step for kept in self.kept]))
+        before = {kept.step: kept.metric for kept in self.kept} | {step: metric}
+        self.saver.grade(step, metric)
+        self.save()
+        best_of = {"highest": max, "lowest": min}.get(self.best)
+        if best_of is not None:
+            graded = [value for value in before.values() if value is not None]
+            assert best_of(kept.metric for kept in self.kept if kept.metric is not None) == best_of(graded)
+
     @rule()
-    def die(self):
-        self.resume()
+    def somebody_deletes_head_and_it_comes_back_with_the_next_commit(self):
+        before = decode(self.store.objects.pop(HEAD))
+        self.save()
+        assert set(before.kept[: self.keep - 1]) <= set(self.kept)
+        assert (self.head.lineage, self.head.rollbacks) == (before.lineage, before.rollbacks)
 
     @precondition(lambda self: self.replaced)
     @rule(data=st.data())
     def one_that_was_replaced_saves(self, data):
         before = self.kept
         with pytest.raises(Stale):
-            data.draw(st.sampled_from(self.replaced)).save(position(self.step + 1000))
+            data.draw(st.sampled_from(self.replaced)).save(self.position(self.step + 1000))
         assert self.kept == before
 
     @precondition(lambda self: self.kept)
@@ -145,10 +256,9 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
     @invariant()
     def the_sequence_never_falls(self):
         if HEAD in self.store.objects:
-            head = decode(self.store.objects[HEAD])
-            assert head.sequence >= self.sequence
-            assert head.generation == self.generation
-            self.sequence = head.sequence
+            assert self.head.sequence >= self.sequence
+            assert self.head.generation == self.generation
+            self.sequence = self.head.sequence
 
     @invariant()
     def what_head_lists_is_there(self):

@@ -194,7 +194,7 @@ class Checkpoints:
     def _fence(self) -> Head:
         require_conditional_writes(self._store, self._prefix)
         head = self._head_writer.fence()
-        abort_uploads(self._store, self._prefix)
+        abort_uploads(self._store, self._prefix, self._generation)
         return head
 
     def _open_staging(self, layout: Layout) -> Staging:

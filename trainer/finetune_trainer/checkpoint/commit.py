@@ -4,6 +4,7 @@
 minutes by itself; a conditional write leaves exactly once per decision.
 """
 
+import logging
 import random
 import secrets
 import time
@@ -33,6 +34,8 @@ from finetune_trainer.object_store import Ambiguous, ObjectMissing, ObjectStore,
 
 HEAD_KEY = "HEAD"
 CHECKPOINTS_KEY = "checkpoints/"
+log = logging.getLogger(__name__)
+
 ATTEMPTS = 20
 """How often one change is tried; with the pauses between, about two minutes beyond what the store itself waits."""
 FIRST_PAUSE_SECONDS = 0.25
@@ -70,6 +73,7 @@ class HeadWriter:
         self._nonce = nonce
         self._pause = pause
         self._owned: frozenset[str] = frozenset()
+        self._last: Head | None = None
 
     def fence(self) -> Head:
         """Raise ``HEAD`` to this generation and return it.
@@ -101,10 +105,11 @@ class HeadWriter:
         return self._settle(RollBack(skipped))
 
     def _settle(self, change: Change) -> Head:
-        swap = Swap(self._generation, change, owned=self._owned)
+        swap = Swap(self._generation, change, owned=self._owned, last=self._last)
         for attempt in range(ATTEMPTS):
             match swap.decide(self._read(), self._nonce()):
                 case Settled(head):
+                    self._last = head
                     return head
                 case Overtaken(head):
                     raise self._stale(head)
@@ -112,6 +117,7 @@ class HeadWriter:
                     self._owned |= {write.head.nonce}
                     swap = swap.sent(write)
                     if self._wrote(write):
+                        self._last = write.head
                         return write.head
             self._pause(attempt)
         raise StorageUnavailable(
@@ -127,11 +133,15 @@ class HeadWriter:
         return self._decoded(stored.body, stored.etag)
 
     def _read_again_unless_new(self) -> Seen | None:
-        """Return None for a prefix without checkpoints.
+        """Return None for a prefix without checkpoints, and where ``HEAD`` was deleted behind our back.
 
-        ``HEAD`` is made before any of them, so where there are some it was deleted, or made just now by another
-        generation.
+        ``HEAD`` is made before any checkpoint, so where there are some it was deleted, or made just now by another generation. Whoever
+        has settled one before knows what it said, and puts it back with the next change, unless there is one again: somebody who
+        empties a bucket, or loses one and makes it anew, does not end training.
         """
+        if self._last is not None:
+            log.warning("%s is gone: somebody deleted it; it is put back", self._uri)
+            return None
         found = next(self._store.list(f"{self._prefix}/{CHECKPOINTS_KEY}"), None)
         if found is None:
             return None

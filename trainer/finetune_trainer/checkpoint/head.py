@@ -187,11 +187,13 @@ class Swap:
     """The nonces of this change's own writes."""
     owned: frozenset[str] = frozenset()
     """The nonces of this incarnation's earlier changes, given up or settled."""
+    last: Head | None = None
+    """What this incarnation last settled: where somebody has deleted ``HEAD`` since, it is put back."""
 
     def decide(self, seen: Seen | None, nonce: str) -> Write | Settled | Overtaken:
         """Return what follows from what was read; a write that follows carries ``nonce``, which must be new."""
         if seen is None:
-            return Write(self._changed(Head(0, self.generation, ""), nonce), None)
+            return Write(self._changed(self.last or Head(0, self.generation, ""), nonce), None)
         head = seen.head
         if head.nonce in self.attempted:
             return Settled(head)

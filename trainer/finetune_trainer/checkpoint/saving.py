@@ -5,8 +5,8 @@ seals it, uploads it and tells the others through a group of its own; when all h
 ``HEAD``. Saves finish in the order they began, at most as many as there are buffers are under way, and the uploads read the buffers
 directly, so memory is bounded by what was allocated before the first step.
 
-A save fails on all ranks or on none, with the same error. One that fails because the store is away or forbids costs that save and
-nothing else: the next one that is due tries again.
+A save fails on all ranks or on none, with the same error. Whatever is wrong with the store costs that save and nothing else: the
+next one that is due tries again. Only a generation that has been replaced ends (``ENDS_TRAINING``).
 """
 
 import logging
@@ -29,16 +29,21 @@ from finetune_trainer.checkpoint.commit import CHECKPOINTS_KEY, HeadWriter, crea
 from finetune_trainer.checkpoint.head import Head, Kept
 from finetune_trainer.checkpoint.manifest import MANIFEST_NAME, Json, Manifest, Parameter, Shard
 from finetune_trainer.checkpoint.ranks import Ranks
-from finetune_trainer.checkpoint.retention import delete_checkpoints, delete_orphans
+from finetune_trainer.checkpoint.retention import delete_folders, delete_orphans
 from finetune_trainer.checkpoint.shard import Layout, chunk_digests, copy_in
 from finetune_trainer.checkpoint.staging import Seal, Slot, Staging
-from finetune_trainer.errors import NoPermission, StorageUnavailable, TrainingError
+from finetune_trainer.errors import Stale, TrainingError
 from finetune_trainer.object_store import ObjectStore
 
 log = logging.getLogger(__name__)
 
-SURVIVED = (StorageUnavailable, NoPermission)
-"""With these a save is lost and training goes on; any other error ends it."""
+ENDS_TRAINING = (Stale,)
+"""Nothing that this generation trains from here on could be committed. Every other failure costs that save and nothing else.
+
+Also a bucket or a ``HEAD`` that somebody deleted, and answers that are no S3 server's: what training holds may then be the only copy
+there is, to end it would lose that too, and the next save finds out whether it was mended. Before training, and where its
+result must be written at last, the same errors do end it.
+"""
 
 NICENESS = 10  # of the background thread, where training needs the processor too
 BEAT_SECONDS = 1.0
@@ -101,6 +106,7 @@ class Saver:
         self._attempt = f"g{head.generation}-{self._ranks.first(new_nonce)}"
         self._saves = 0
         self._orphans_deleted = False
+        self._failed: list[str] = []
         self._under_way: deque[_UnderWay] = deque()
         self._thread = ThreadPoolExecutor(1, "saver", initializer=_yield_to_training)
 
@@ -164,6 +170,7 @@ class Saver:
                 lambda: self._upload(slot, seal, folder, shard()), partial(self._commit, seal, folder)
             )
         except TrainingError as error:
+            self._failed.append(folder)
             return Outcome(step, time.monotonic() - started, error=error)
         uri = f"{self._prefix}/{folder.rstrip('/')}"
         checkpoint = Checkpoint(step=step, uri=uri, size_bytes=kept.size_bytes, commit_time=kept.commit_time)
@@ -218,10 +225,11 @@ class Saver:
             log.warning("The evaluation of step %d could not be noted in HEAD: %s", step, error)
 
     def _settled(self, head: Head) -> None:
-        """Delete what a swap took off the list."""
-        listed = {kept.manifest for kept in head.kept}
-        delete_checkpoints(self._store, self._prefix, (kept for kept in self._head.kept if kept.manifest not in listed))
-        self._head = head
+        """Delete what a swap took off the list, and what saves that failed before it have left."""
+        listed = {kept.folder for kept in head.kept}  # a save whose commit nobody confirmed may be in it
+        ended = [*(kept.folder for kept in self._head.kept), *self._failed]
+        delete_folders(self._store, self._prefix, (folder for folder in ended if folder not in listed))
+        self._head, self._failed = head, []
 
 
 def _yield_to_training() -> None:

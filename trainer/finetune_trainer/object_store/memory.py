@@ -15,6 +15,7 @@ from finetune_trainer.object_store.protocol import (
     Stored,
     UploadStopped,
     never,
+    nothing,
     split_uri,
 )
 
@@ -123,10 +124,10 @@ class MemoryObjectStore:
             raise
         self.unfinished.discard(uri)
 
-    def abort_uploads(self, prefix_uri: str) -> int:
+    def abort_uploads(self, prefix_uri: str, spared: Callable[[str], bool] = nothing) -> int:
         """Forget the unfinished uploads below a prefix."""
         with self._lock:
-            found = {uri for uri in self.unfinished if uri.startswith(prefix_uri)}
+            found = {uri for uri in self.unfinished if uri.startswith(prefix_uri) and not spared(uri)}
             self.unfinished -= found
         return len(found)
 

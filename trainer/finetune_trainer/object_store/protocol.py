@@ -50,6 +50,11 @@ def never() -> bool:
     return False
 
 
+def nothing(uri: str) -> bool:  # noqa: ARG001  whatever it is
+    """Return False: of uploads of which none is spared."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
     """An object without its bytes."""
@@ -151,8 +156,8 @@ class ObjectStore(Protocol):
             StorageUnavailable: the store stayed away past every retry, or somebody aborted the upload.
         """
 
-    def abort_uploads(self, prefix_uri: str) -> int:
-        """Abort the unfinished uploads of every object whose URI starts with ``prefix_uri``; return how many."""
+    def abort_uploads(self, prefix_uri: str, spared: Callable[[str], bool] = nothing) -> int:
+        """Abort the unfinished uploads of every object whose URI starts with ``prefix_uri`` and is not ``spared``; return how many."""
 
     def delete(self, uris: Iterable[str]) -> None:
         """Delete objects; those that are not there count as deleted."""

@@ -19,6 +19,7 @@ from finetune_trainer.object_store.protocol import (
     PreconditionFailed,
     Stored,
     never,
+    nothing,
     split_uri,
 )
 from finetune_trainer.object_store.s3_connection import RETRY_SECONDS, Clients, Connection, OutOfRange
@@ -130,9 +131,9 @@ class S3ObjectStore:
         pace = Pace(bytes_per_second)
         Upload(self._connection, uri, view, digests=digests, pace=pace, stopped=stopped).run()
 
-    def abort_uploads(self, prefix_uri: str) -> int:
+    def abort_uploads(self, prefix_uri: str, spared: Callable[[str], bool] = nothing) -> int:
         """Abort the unfinished uploads of every object below a prefix."""
-        return abort_uploads(self._connection, prefix_uri)
+        return abort_uploads(self._connection, prefix_uri, spared)
 
     def delete(self, uris: Iterable[str]) -> None:
         """Delete objects; those that are not there count as deleted."""

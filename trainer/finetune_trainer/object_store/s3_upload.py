@@ -170,25 +170,24 @@ def _cause(errors: Sequence[BaseException]) -> BaseException:
     return next((error for error in errors if not isinstance(error, UploadStopped)), errors[0])
 
 
-def abort_uploads(connection: Connection, prefix_uri: str) -> int:
-    """Abort every unfinished upload below a prefix and return how many there were."""
+def abort_uploads(connection: Connection, prefix_uri: str, spared: Callable[[str], bool]) -> int:
+    """Abort every unfinished upload below a prefix that is not spared and return how many there were."""
     bucket, prefix = split_uri(prefix_uri)
     request = {"Bucket": bucket, "Prefix": prefix}
     aborted = 0
     while True:
         page = connection.repeated(prefix_uri, lambda clients: clients.patient.list_multipart_uploads(**request))
         for upload in page.get("Uploads", ()):
-            aborted += _abort_listed(connection, bucket, prefix, upload)
+            if upload["Key"].startswith(prefix) and not spared(f"s3://{bucket}/{upload['Key']}"):
+                aborted += _abort_listed(connection, bucket, upload)
         if not page.get("IsTruncated"):
             return aborted
         request.update(KeyMarker=page["NextKeyMarker"], UploadIdMarker=page["NextUploadIdMarker"])
 
 
-def _abort_listed(connection: Connection, bucket: str, prefix: str, upload: dict[str, Any]) -> bool:
+def _abort_listed(connection: Connection, bucket: str, upload: dict[str, Any]) -> bool:
     """Abort an upload and return whether there was one: it may have ended since it was listed."""
     key, upload_id = upload["Key"], upload["UploadId"]
-    if not key.startswith(prefix):
-        return False
     abort = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
 
     def send(clients: Clients) -> bool:

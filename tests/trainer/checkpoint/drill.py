@@ -1,0 +1,154 @@
+"""What a rank does in the breakage tests: resume, train, save beside it, and say so; every number that it had is told as a hash."""
+
+import ctypes
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import botocore.auth
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from finetune_trainer.checkpoint import deepspeed_state as state
+from finetune_trainer.checkpoint.checkpoints import Checkpoints
+from finetune_trainer.checkpoint.head import Retention
+from finetune_trainer.checkpoint.manifest import Position
+from finetune_trainer.checkpoint.saving import ENDS_TRAINING
+from finetune_trainer.errors import TrainingError
+from finetune_trainer.object_store import S3ObjectStore
+from tests.trainer.checkpoint.trainee import Case, new_engine, train
+
+SAMPLES_PER_STEP = 6
+Tell = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Drill:
+    """One generation's task. Steps in ``saves`` and ``until`` count from the step that was resumed, or from 0 where ``absolute``."""
+
+    gang: int
+    endpoint: str
+    prefix: str
+    generation: int
+    folder: str
+    pod: str
+    """The staging folder: who gets that of an earlier generation starts in the same pod."""
+    ranks: int = 2
+    stage: int = 2
+    keep: int = 1
+    saves: list[int] = field(default_factory=list)
+    """Begun when the step is done, without waiting for room."""
+    until: int = 0
+    waits: bool = True
+    """For the saves under way, behind the last step."""
+    absolute: bool = False
+    retry_seconds: float = 300.0
+    environment: dict[str, str] = field(default_factory=dict)
+    twice: bool = False
+    """Save the step that was resumed once more, before the first step."""
+    clock_seconds: float = 0.0
+    """How far the clock of rank 1's node, by which requests are signed, is ahead."""
+
+
+def run(drill: Drill, rank: int, tell: Tell) -> None:
+    """Be this rank, and end the process."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    os.environ.update(drill.environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(drill.ranks))
+    code = 1
+    try:
+        with Path(drill.folder, f"gang-{drill.gang}-{rank}.log").open("a") as log:
+            os.dup2(log.fileno(), 2)
+        _set_clock(drill.clock_seconds * rank)
+        _join(drill, rank)
+        _Rank(drill, rank, lambda **event: tell(gang=drill.gang, rank=rank, **event)).train()
+        code = 0
+    except TrainingError as error:
+        tell(gang=drill.gang, rank=rank, event="failed", error=type(error).__name__, message=str(error))
+        code = error.exit_code
+    except BaseException:  # noqa: BLE001  the unit of work is this process
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _set_clock(ahead_seconds: float) -> None:
+    now = botocore.auth.get_current_datetime
+    botocore.auth.get_current_datetime = lambda: now() + timedelta(seconds=ahead_seconds)
+
+
+def _join(drill: Drill, rank: int) -> None:
+    random.seed(rank)  # the jitter of pauses: a fork has copied it
+    rendezvous = f"file://{drill.folder}/gang-{drill.gang}.rendezvous"
+    minute = timedelta(minutes=1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=drill.ranks, timeout=minute)
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+class _Rank:
+    def __init__(self, drill: Drill, rank: int, tell: Tell) -> None:
+        self.drill, self.rank, self.tell = drill, rank, tell
+        self.engine = new_engine(Case("drill", drill.stage, "BF16"))
+        self.checkpoints = Checkpoints(
+            engine=self.engine,
+            store=S3ObjectStore(drill.endpoint, retry_seconds=drill.retry_seconds),
+            prefix=drill.prefix,
+            generation=drill.generation,
+            retention=Retention(drill.keep),
+            recipe_digest="recipe",
+            staging=[Path(drill.pod)],
+        )
+
+    def train(self) -> None:
+        position, resumed = self.checkpoints.resume()
+        assert position == at(position.step), position
+        self.tell(event="resumed", step=position.step, source=resumed.source.value, state=self.digest())
+        first = 0 if self.drill.absolute else position.step
+        if self.drill.twice:
+            self.save(position.step)
+        for step in range(position.step + 1, first + self.drill.until + 1):
+            losses = train(self.engine, range(step - 1, step))
+            self.tell(event="trained", step=step, losses=losses, state=self.digest())
+            self.collect(self.checkpoints.ended())
+            if step - first in self.drill.saves:
+                self.save(step)
+        if self.drill.waits:
+            self.collect(self.checkpoints.wait())
+        self.tell(event="done")
+
+    def save(self, step: int) -> None:
+        """Begin to save; where a buffer is not free on every rank, wait for the saves under way first."""
+        room = torch.tensor(float(self.checkpoints.has_room()))
+        dist.all_reduce(room, dist.ReduceOp.MIN)
+        if not room:
+            self.collect(self.checkpoints.wait())
+        self.checkpoints.begin_save(at(step))
+        self.tell(event="began", step=step)
+
+    def collect(self, outcomes) -> None:
+        for outcome in outcomes:
+            error = outcome.error
+            self.tell(event="saved", step=outcome.step, error=error and type(error).__name__, message=str(error or ""))
+            if isinstance(error, ENDS_TRAINING):
+                raise error
+
+    def digest(self) -> str:
+        """Hash what this rank owns of the master weights and moments, and the scalars."""
+        digest = hashlib.sha256(json.dumps(state.scalars(self.engine), sort_keys=True).encode())
+        for part in state.owned(self.engine):
+            for view in part.views:
+                digest.update(view.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def at(step: int) -> Position:
+    """Return the position behind a step."""
+    return Position(step, SAMPLES_PER_STEP * step)

@@ -1,0 +1,174 @@
+"""The store fails in the middle of saves: training goes on with the same numbers, later saves commit, and a resume is exact.
+
+Real processes, two ranks, a real S3 server behind a proxy. What a rank has at each step is compared with an undisturbed run.
+"""
+
+import itertools
+import os
+import random
+import threading
+
+import pytest
+
+from finetune_trainer.checkpoint.saving import ENDS_TRAINING
+from finetune_trainer.errors import Stale
+from tests.storage.faulty_proxy import Fault, Proxy, faulty_proxy
+from tests.trainer.checkpoint.gangs import Gang, Prefix, written_more_than_once
+from tests.trainer.checkpoint.site import Remains
+
+UPLOAD = "POST ?uploads"
+"""The first request of a save."""
+ROUGH = [
+    Fault.SLOW_DOWN,
+    Fault.UNAVAILABLE,
+    Fault.INTERNAL_ERROR,
+    Fault.RESET,
+    Fault.REQUEST_LOST,
+    Fault.ANSWER_LOST,
+    Fault.CONFLICT,
+    Fault.TRUNCATED,
+]
+SEED = int(os.environ.get("FINETUNE_FAULT_SEED", random.randrange(10**6)))
+
+
+class Outage:
+    """From the first save on, requests that match fail, in turn with these faults, so many of them."""
+
+    def __init__(self, faults, requests, pattern=""):
+        self.faults, self.pattern = itertools.cycle(faults), pattern
+        self.left, self.is_on = requests, False
+
+    def __call__(self, request):
+        self.is_on |= request.matches(UPLOAD)
+        if not self.is_on or self.left == 0 or (self.pattern and not request.matches(self.pattern)):
+            return None
+        self.left -= 1
+        return next(self.faults)
+
+
+class Weather:
+    """A fifth of all requests fails in some way, the whole time."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def __call__(self, request):
+        return self.random.choice(ROUGH) if self.random.random() < 0.2 else None
+
+
+TROUBLE = {
+    "it throttles for a while": lambda: Outage([Fault.SLOW_DOWN], 20),
+    "it breaks down for a while": lambda: Outage([Fault.INTERNAL_ERROR, Fault.RESET, Fault.UNAVAILABLE], 15),
+    "answers are lost and cut for a while": lambda: Outage([Fault.ANSWER_LOST, Fault.TRUNCATED], 12),
+    "it reports errors as success when an upload ends": lambda: Outage([Fault.ERROR_IN_OK], 4, "POST ?uploadId="),
+    "a fifth of all requests goes wrong somehow": lambda: Weather(SEED),
+}
+
+
+def run(site, prefix: Prefix, proxy: Proxy, **drill) -> Gang:
+    """Generation 2 in new pods: resumes step 2, and saves steps 3 to 6."""
+    return site.start(proxy, prefix, 2, site.new_pod(), saves=[1, 2, 3, 4], until=5, **drill)
+
+
+@pytest.mark.parametrize("trouble", TROUBLE.values(), ids=TROUBLE.keys())
+def test_a_store_in_trouble_delays_commits_and_nothing_else(site, remains, trouble):
+    prefix = site.new_prefix(like=remains)
+    with faulty_proxy(site.server.endpoint) as proxy:
+        proxy.before = trouble()
+        gang = run(site, prefix, proxy)
+        assert gang.wait() == [0, 0], f"FINETUNE_FAULT_SEED={SEED}\n{gang.story()}"
+        assert getattr(proxy.before, "left", 0) == 0, "not all of the trouble came"
+    site.check(gang)
+    assert gang.committed == [3, 4, 5, 6], f"FINETUNE_FAULT_SEED={SEED}\n{gang.story()}"
+    assert prefix.check() == [6]
+    site.go_on(Remains(prefix, site.new_pod()), generation=3, committed=6)
+
+
+def test_a_slow_store_and_clocks_that_differ_delay_commits_and_nothing_else(site, remains):
+    """One node's clock is 20 s ahead: requests are signed with it, and S3 servers allow minutes."""
+    prefix = site.new_prefix(like=remains)
+    with faulty_proxy(site.server.endpoint) as proxy:
+        proxy.delay_seconds = 0.05
+        gang = run(site, prefix, proxy, clock_seconds=20.0)
+        assert gang.wait() == [0, 0], gang.story()
+        assert written_more_than_once(proxy) == {}
+    site.check(gang)
+    assert gang.committed == [3, 4, 5, 6]
+    assert prefix.check() == [6]
+
+
+LOST = {
+    "the store stays away": (Fault.UNAVAILABLE, "StorageUnavailable", "did not answer"),
+    "access is revoked for a while": (Fault.FORBIDDEN, "NoPermission", "refused access"),
+    "the bucket is gone for a while": (Fault.NO_BUCKET, "BadConfig", "does not exist"),
+    "something answers that is no S3 server": (Fault.NONSENSE, "BadConfig", "GatewayIsBeingReplaced"),
+}
+
+
+@pytest.mark.parametrize("object_", ["rank-00001", "manifest.json"])
+@pytest.mark.parametrize(("fault", "error", "says"), LOST.values(), ids=LOST.keys())
+def test_a_save_that_cannot_be_made_is_told_on_all_ranks_and_the_next_one_commits(
+    site, remains, fault, error, says, object_
+):
+    prefix = site.new_prefix(like=remains)
+    with faulty_proxy(site.server.endpoint) as proxy:
+        proxy.before = lambda request: fault if "/step-4/" in request.path and object_ in request.path else None
+        gang = run(site, prefix, proxy, retry_seconds=0.0)
+        assert gang.wait() == [0, 0], gang.story()
+    site.check(gang)
+    for rank in range(2):
+        told = {said["step"]: said for said in gang.told("saved", rank)}
+        assert {step: said["error"] for step, said in told.items()} == {3: None, 4: error, 5: None, 6: None}
+        assert says in told[4]["message"]
+    assert prefix.check() == [6]
+    assert prefix.folders() == prefix.listed_folders(), "what failed goes with the next commit"
+
+
+def test_a_bucket_that_is_deleted_and_made_anew_costs_the_saves_between(site, remains):
+    """What training holds is then the only copy there is: it goes on, and with the bucket checkpoints come back."""
+    bucket = "deleted-in-the-middle"
+    site.server.create_bucket(bucket)
+    prefix = Prefix(site.server, bucket, "job", site.client)
+    with faulty_proxy(site.server.endpoint) as proxy:
+        changes, lock = {"/step-3/": delete, "/step-5/": create}, threading.Lock()
+
+        def before(request):
+            with lock:
+                for path in [path for path in changes if path in request.path]:
+                    changes.pop(path)(site.client, bucket)
+
+        proxy.before = before
+        gang = site.start(proxy, prefix, 1, site.new_pod(), saves=[1, 2, 3, 4, 5, 6], until=6, retry_seconds=0.0)
+        assert gang.wait() == [0, 0], gang.story()
+    site.check(gang)
+    assert gang.committed == [1, 2, 5, 6], gang.story()
+    assert prefix.check() == [6]
+    site.go_on(Remains(prefix, site.new_pod()), generation=2, committed=6)
+
+
+def delete(client, bucket):
+    for item in client.list_objects_v2(Bucket=bucket).get("Contents", ()):
+        client.delete_object(Bucket=bucket, Key=item["Key"])
+    client.delete_bucket(Bucket=bucket)
+
+
+def create(client, bucket):
+    client.create_bucket(Bucket=bucket)
+
+
+def test_only_a_successor_ends_training():
+    assert (Stale,) == ENDS_TRAINING
+
+
+def test_a_step_that_is_saved_twice_is_written_to_two_places(site, remains):
+    """A step that was resumed from memory is committed, and saved again at once, as a stop right then would."""
+    prefix = site.new_prefix(like=remains)
+    pod = site.new_pod(remains, prefix)
+    with faulty_proxy(site.server.endpoint) as proxy:
+        gang = site.start(proxy, prefix, 2, pod, twice=True, until=1)
+        assert gang.wait() == [0, 0], gang.story()
+        assert written_more_than_once(proxy) == {}
+    site.check(gang)
+    assert [said["step"] for said in gang.told("saved")] == [3, 3]
+    assert prefix.check() == [3]
+    site.go_on(Remains(prefix, site.new_pod()), generation=3, committed=3)
