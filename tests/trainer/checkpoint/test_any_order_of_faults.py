@@ -274,7 +274,7 @@ def test_any_order_of_faults_resumes_what_was_committed(alone, monkeypatch, tmp_
     run_state_machine_as_test(
         lambda: FaultsInAnyOrder(engine),
         settings=settings(
-            max_examples=40,
+            max_examples=20,
             stateful_step_count=30,
             deadline=None,
             print_blob=True,

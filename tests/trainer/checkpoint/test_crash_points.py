@@ -6,7 +6,7 @@ proxy between it and the store counts the requests of both ranks, and at the k-t
 before the request is carried out, or after it, so that nobody gets the answer. Its peer is left to fail by itself. Then the next
 generation starts, in the same pods or in new ones.
 
-Two points of each kind are drawn for each run of the tests. All of them, each k until a run has no k-th request any more:
+One point of each kind is drawn for each run of the tests. All of them, each k until a run has no k-th request any more:
 
     FINETUNE_CRASH_POINTS=all pytest tests/trainer/checkpoint/test_crash_points.py
 """
@@ -23,7 +23,7 @@ from tests.storage.faulty_proxy import Fault, Proxy, Request, faulty_proxy
 from tests.trainer.checkpoint.gangs import Gang, Prefix, written_more_than_once
 from tests.trainer.checkpoint.site import Remains, Site
 
-SAMPLE = 2
+SAMPLE = 1
 PEER_SECONDS = 5
 """How long a peer may take to fail by itself; the agent kills it sooner."""
 POINTS = os.environ.get("FINETUNE_CRASH_POINTS", "")
