@@ -33,7 +33,7 @@ Tell = Callable[..., None]
 
 @dataclass(frozen=True)
 class Drill:
-    """One generation's task. Steps in ``saves`` and ``until`` count from the step that was resumed, or from 0 where ``absolute``."""
+    """One generation's task. Steps in ``saves`` and ``until`` count from the step that was resumed."""
 
     gang: int
     endpoint: str
@@ -43,14 +43,9 @@ class Drill:
     pod: str
     """The staging folder: who gets that of an earlier generation starts in the same pod."""
     ranks: int = 2
-    stage: int = 2
-    keep: int = 1
     saves: list[int] = field(default_factory=list)
     """Begun when the step is done, without waiting for room."""
     until: int = 0
-    waits: bool = True
-    """For the saves under way, behind the last step."""
-    absolute: bool = False
     retry_seconds: float = 300.0
     environment: dict[str, str] = field(default_factory=dict)
     twice: bool = False
@@ -96,13 +91,13 @@ def _join(drill: Drill, rank: int) -> None:
 class _Rank:
     def __init__(self, drill: Drill, rank: int, tell: Tell) -> None:
         self.drill, self.rank, self.tell = drill, rank, tell
-        self.engine = new_engine(Case("drill", drill.stage, "BF16"))
+        self.engine = new_engine(Case("drill", stage=2, precision="BF16"))
         self.checkpoints = Checkpoints(
             engine=self.engine,
             store=S3ObjectStore(drill.endpoint, retry_seconds=drill.retry_seconds),
             prefix=drill.prefix,
             generation=drill.generation,
-            retention=Retention(drill.keep),
+            retention=Retention(keep=1),
             recipe_digest="recipe",
             staging=[Path(drill.pod)],
         )
@@ -111,17 +106,15 @@ class _Rank:
         position, resumed = self.checkpoints.resume()
         assert position == at(position.step), position
         self.tell(event="resumed", step=position.step, source=resumed.source.value, state=self.digest())
-        first = 0 if self.drill.absolute else position.step
         if self.drill.twice:
             self.save(position.step)
-        for step in range(position.step + 1, first + self.drill.until + 1):
+        for step in range(position.step + 1, position.step + self.drill.until + 1):
             losses = train(self.engine, range(step - 1, step))
             self.tell(event="trained", step=step, losses=losses, state=self.digest())
             self.collect(self.checkpoints.ended())
-            if step - first in self.drill.saves:
+            if step - position.step in self.drill.saves:
                 self.save(step)
-        if self.drill.waits:
-            self.collect(self.checkpoints.wait())
+        self.collect(self.checkpoints.wait())
         self.tell(event="done")
 
     def save(self, step: int) -> None:

@@ -42,18 +42,6 @@ class Gang:
         with self.changed:
             return [said for said in self.events if (said["event"], said["rank"]) == (event, rank)]
 
-    def wait_for(self, event: str, rank: int = 0, **facts: object) -> Event:
-        """Return the first such thing that the rank says."""
-
-        def found() -> Event | None:
-            return next((said for said in self.told(event, rank) if facts.items() <= said.items()), None)
-
-        with self.changed:
-            assert self.changed.wait_for(lambda: found() or self.is_over(), PATIENCE_SECONDS), self.story()
-            said = found()
-        assert said, f"rank {rank} never said {event} {facts}:\n{self.story()}"
-        return said
-
     def is_over(self) -> bool:
         return bool(self.pids) and len(self.codes) == len(self.pids)
 
@@ -91,7 +79,7 @@ class Gang:
         finally:
             os.close(process)
 
-    def signal(self, number: signal.Signals, ranks: tuple[int, ...]) -> None:
+    def send(self, number: signal.Signals, ranks: tuple[int, ...]) -> None:
         """Stop or continue ranks."""
         for rank in ranks:
             os.kill(self.pids[rank], number)

@@ -52,13 +52,13 @@ class Stopped:
         self.left -= 1
         if self.left != 0:
             return None
-        self.gang.signal(signal.SIGSTOP, self.ranks)
+        self.gang.send(signal.SIGSTOP, self.ranks)
         self.arrived.set()
         assert self.released.wait(PATIENCE_SECONDS)
         return self.fate
 
     def go_on(self):
-        self.gang.signal(signal.SIGCONT, self.ranks)
+        self.gang.send(signal.SIGCONT, self.ranks)
         self.released.set()
 
 
