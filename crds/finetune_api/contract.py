@@ -107,7 +107,7 @@ class ExitCode(IntEnum):
     NUMERIC = 76  # NaN or infinity, again and again: rolling back did not help
     NO_PERMISSION = 77  # the object store or a file refused us
     BAD_CONFIG = 78  # the recipe, the model or the store cannot work
-    ROLLED_BACK = 79  # NaN, infinity or a spike: the next generation starts before it and skips what caused it
+    ROLLED_BACK = 79  # NaN or infinity: the next generation starts before it and skips what caused it
 
 
 def is_job_name(name: str) -> bool:
