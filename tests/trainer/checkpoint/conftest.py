@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from tests.trainer.checkpoint.faulty_store import FaultyStore
 from tests.trainer.checkpoint.gangs import running_nursery
+from tests.trainer.checkpoint.incarnations import close_all
 from tests.trainer.checkpoint.site import Site, leave_a_commit_and_a_save_under_way
 from tests.trainer.checkpoint.trainee import Case, new_engine, train
 
@@ -68,3 +69,9 @@ def store():
 def pods(tmp_path, monkeypatch):
     """Each incarnation runs in a pod of its own unless a test gives it the memory of another."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def incarnations_end() -> Iterator[None]:
+    yield
+    close_all()

@@ -12,8 +12,12 @@ PREFIX = "s3://bucket/team/job"
 HEAD = f"{PREFIX}/HEAD"
 
 
+MADE = []
+"""What is to be closed at the end of a test: each incarnation has threads and groups of its own."""
+
+
 def checkpoints(engine, store, generation, *, keep=2, best=None, digest="recipe-1", pod=None, resume_from=None):
-    return Checkpoints(
+    made = Checkpoints(
         engine=engine,
         store=store,
         prefix=PREFIX,
@@ -23,6 +27,13 @@ def checkpoints(engine, store, generation, *, keep=2, best=None, digest="recipe-
         staging=[Path(pod or tempfile.mkdtemp())],
         resume_from=resume_from,
     )
+    MADE.append(made)
+    return made
+
+
+def close_all():
+    while MADE:
+        MADE.pop().close()
 
 
 def position(step):

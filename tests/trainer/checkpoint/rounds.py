@@ -98,6 +98,7 @@ class Rounds:
             assert checkpoints.resume()[0].step == 0
             losses = train(engine, range(SAVE_AT))
             report = checkpoints.save(position(SAVE_AT))
+            checkpoints.close()
             losses += train(engine, range(SAVE_AT, STEPS))
             undisturbed = losses == straight and weights_digest(engine) == digest
             self.seen[name] = {
@@ -128,7 +129,9 @@ class Rounds:
 
     def take_up(self, name, case, generation, *, pod=None):
         engine = new_engine(case)
-        found, resumed = self.checkpoints(engine, name, generation, pod=pod).resume()
+        checkpoints = self.checkpoints(engine, name, generation, pod=pod)
+        found, resumed = checkpoints.resume()
+        checkpoints.close()
         losses = train(engine, range(found.step, STEPS))
         self.seen[name] = {
             "source": resumed.source.value,
@@ -145,6 +148,7 @@ class Rounds:
             checkpoints = self.checkpoints(engine, source, generation)
             found, _ = checkpoints.resume()
             report = checkpoints.save(found)
+            checkpoints.close()
             self.seen[f"{source} to {target}"] = {"uri": report.uri, "losses": train(engine, range(found.step, STEPS))}
 
     def die(self):

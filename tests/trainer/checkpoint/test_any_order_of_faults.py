@@ -24,7 +24,7 @@ from finetune_api.protocol import ResumeSource
 from finetune_trainer.checkpoint.head import decode
 from finetune_trainer.errors import BadData, NoPermission, Stale, StorageUnavailable
 from tests.trainer.checkpoint.faulty_store import Ambiguous, Crash, FaultyStore, Once, PreconditionFailed
-from tests.trainer.checkpoint.incarnations import HEAD, PREFIX, at, checkpoints, mark, marks
+from tests.trainer.checkpoint.incarnations import HEAD, PREFIX, at, checkpoints, close_all, mark, marks
 from tests.trainer.checkpoint.trainee import Case, new_engine, train
 
 SUFFIXES = st.sampled_from(["HEAD", "manifest.json"])
@@ -92,7 +92,7 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
         assert found.step == expected
         assert marks(self.engine) == {float(expected or -1)}
         assert (resumed.source == ResumeSource.MEMORY) == (in_memory is not None)
-        assert found == self.position(expected) if expected else found.skipped_ranges == self.skipped
+        assert found == self.position(expected) if expected else found.skipped_ranges == tuple(sorted(set(self.skipped)))
         if expected:
             assert self.kept[0].step == expected
         return resumed
@@ -126,6 +126,9 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
                 return self.saver.wait()
             except Crash:
                 continue
+
+    def teardown(self):
+        close_all()
 
     @rule()
     def save_undisturbed(self):

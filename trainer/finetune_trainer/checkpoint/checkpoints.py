@@ -181,6 +181,12 @@ class Checkpoints:
         self.wait()
         return self._ranks.first(partial(self._head_writer.roll_back, skipped)).rollbacks
 
+    def close(self) -> None:
+        """Give up threads and groups; for who makes several in one process."""
+        if self._saver is not None:
+            self._saver.close()
+        self._ranks.close()
+
     @property
     def rollbacks(self) -> int:
         """How often the job was rolled back before this generation."""

@@ -28,6 +28,11 @@ class Ranks:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
+    def close(self) -> None:
+        """Give up the group and its threads. Local: the others may be gone."""
+        dist.destroy_process_group(self.group)
+        self.group = None
+
     def each(self, work: Callable[[], T]) -> list[T]:
         """Do the work on each rank and return all results, in the order of ranks, on every rank.
 

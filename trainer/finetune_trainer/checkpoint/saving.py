@@ -157,6 +157,11 @@ class Saver:
                     continue
         return self.outcomes()
 
+    def close(self) -> None:
+        """Give up the thread, once what it is at is done, and the group."""
+        self._thread.shutdown(cancel_futures=True)
+        self._ranks.close()
+
     def _submit(self, slot: Slot, seal: Seal, shard: Callable[[], Shard]) -> None:
         self._saves += 1
         folder = f"{CHECKPOINTS_KEY}step-{seal.position.step}/{self._attempt}-{self._saves}/"
