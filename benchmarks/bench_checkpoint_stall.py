@@ -79,7 +79,7 @@ def main() -> None:
 def _measure(millions: int, rounds: int, bucket: str, endpoint: str) -> tuple[int, list[Round], int]:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as staging:
         checkpoints = Checkpoints(
-            engine=_engine(millions * 1_000_000),
+            engine=new_engine(millions * 1_000_000, stage=0),
             store=S3ObjectStore(endpoint),
             prefix=f"{bucket}/{millions}",
             generation=1,
@@ -95,7 +95,8 @@ def _measure(millions: int, rounds: int, bucket: str, endpoint: str) -> tuple[in
     return millions, measured, extra // 1024
 
 
-def _engine(numbers: int) -> Any:
+def new_engine(numbers: int, *, stage: int) -> Any:
+    """Return an engine in FP32 that trains so many numbers."""
     model = nn.ParameterList(
         nn.Parameter(torch.full((min(LARGEST_PARAMETER, numbers - at),), 0.5))
         for at in range(0, numbers, LARGEST_PARAMETER)
@@ -104,7 +105,7 @@ def _engine(numbers: int) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}},
+        config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}},
     )
     return engine
 

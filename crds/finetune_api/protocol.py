@@ -146,7 +146,7 @@ class Saves:
 class Resumed:
     """Where this generation starts: after ``step``. ``fallback`` tells why newer checkpoints could not be used, if there were any.
 
-    ``rollbacks`` counts how often the job went back because its numbers were not finite, and ``skipped_samples`` what it left out.
+    ``rollbacks`` counts how often the job went back because its numbers were not finite or jumped, and ``skipped_samples`` what it left out.
     """
 
     step: int

@@ -71,6 +71,13 @@ class OffloadTarget(StrEnum):
     CPU = "CPU"
 
 
+class LossSpike(StrEnum):
+    """What to do about a loss far above all that came before it."""
+
+    ROLL_BACK = "RollBack"
+    IGNORE = "Ignore"
+
+
 METRICS_OF_TASK: dict[TaskType, frozenset[MetricName]] = {
     TaskType.SEQUENCE_CLASSIFICATION: frozenset({MetricName.ACCURACY, MetricName.MACRO_F1}),
     TaskType.CAUSAL_LM: frozenset({MetricName.ACCURACY, MetricName.PERPLEXITY}),
@@ -227,6 +234,8 @@ class Training(ApiModel):
     """How the learning rate moves."""
     max_gradient_norm: float = Field(default=1.0, ge=0, le=1000000)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    on_loss_spike: LossSpike = LossSpike.ROLL_BACK
+    """RollBack goes back to a checkpoint before a sudden loss and leaves out the samples that led to it; Ignore trains on."""
     seed: int = Field(default=42, ge=0, le=4294967295)
     """Seed of initial weights, sample order and dropout."""
     gradient_checkpointing: bool = False

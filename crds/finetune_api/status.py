@@ -178,7 +178,7 @@ class JobResumed(StatusModel):
     fallback: str = Field(default="", max_length=2048)
     """Why newer checkpoints could not be used; empty when the newest could."""
     rollbacks: int = Field(default=0, ge=0)
-    """How often the job went back because its numbers were not finite."""
+    """How often the job went back because its numbers were not finite, or its loss jumped."""
     skipped_samples: int = Field(default=0, ge=0)
     """Samples that are left out because of that."""
 

@@ -21,7 +21,7 @@ from tests.storage.seaweedfs import S3Server, running_seaweedfs
 
 SESSION_SECONDS = 2
 PARTS = 6
-BODY = random.Random(3).randbytes(PARTS * CHUNK_BYTES)
+BODY = random.Random(3).randbytes((PARTS + 2) * CHUNK_BYTES)
 DIGESTS = [hashlib.sha256(BODY[start : start + CHUNK_BYTES]).hexdigest() for start in range(0, len(BODY), CHUNK_BYTES)]
 
 
@@ -101,6 +101,12 @@ def wait_until_expired(server: S3Server, credentials: dict[str, Any]) -> None:
             client.list_objects_v2(Bucket="credentials", MaxKeys=1)
         except ClientError:
             return
+
+
+def test_a_token_that_is_not_there_is_named(server, token_file, uri):
+    token_file.unlink()
+    with pytest.raises(NoPermission, match=rf"\(No such file or directory: {token_file}\): check that the credentials"):
+        S3ObjectStore(server.endpoint).get(uri)
 
 
 def test_a_web_identity_is_all_that_a_pod_needs(server, proxy, token_file, uri):

@@ -169,18 +169,21 @@ def test_a_range_of_nothing_is_missing(store, prefix):
         pytest.param(0, 0, CHUNK_BYTES, id="nothing has no part"),
         pytest.param(1, 1, CHUNK_BYTES, id="a byte is a part"),
         pytest.param(CHUNK_BYTES + 1, 2, CHUNK_BYTES, id="a part is a chunk"),
-        pytest.param(MOST_PARTS * CHUNK_BYTES, MOST_PARTS, CHUNK_BYTES, id="until there are as many as may be"),
-        pytest.param(MOST_PARTS * CHUNK_BYTES + 1, MOST_PARTS // 2 + 1, 2 * CHUNK_BYTES, id="then it is two chunks"),
-        pytest.param(5 * 2**40, 9930, 66 * CHUNK_BYTES, id="the largest object of S3 fits"),
+        pytest.param(3 * CHUNK_BYTES, 3, CHUNK_BYTES, id="three parts"),
+        pytest.param(4 * CHUNK_BYTES, 2, CHUNK_BYTES, id="the last of four takes three chunks"),
+        pytest.param(MOST_PARTS * CHUNK_BYTES, MOST_PARTS - 2, CHUNK_BYTES, id="until there are as many as may be"),
+        pytest.param(MOST_PARTS * CHUNK_BYTES + 1, MOST_PARTS // 2 - 1, 2 * CHUNK_BYTES, id="then it is two chunks"),
+        pytest.param(5 * 2**40, 9928, 66 * CHUNK_BYTES, id="the largest object of S3 fits"),
     ],
 )
-def test_parts_are_as_few_chunks_as_their_number_allows(size, parts, part_bytes):
+def test_parts_are_as_few_chunks_as_their_number_allows_and_the_last_pays_for_the_rest(size, parts, part_bytes):
     plan = plan_parts(size)
     assert len(plan) == parts
     assert [part.number for part in plan] == list(range(1, parts + 1))
     assert all(part.end - part.start == part_bytes for part in plan[:-1])
-    assert [part.start for part in plan] == list(range(0, size, part_bytes))
+    assert [part.start for part in plan] == list(range(0, size, part_bytes))[:parts]
     assert not plan or plan[-1].end == size
+    assert parts < 4 or parts + 2 <= -(-size // CHUNK_BYTES), "beginning and completing included"
 
 
 def test_all_threads_together_keep_a_rate():

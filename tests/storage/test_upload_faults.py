@@ -16,7 +16,7 @@ from tests.storage.faulty_proxy import Fault, Proxy, faulty_proxy
 from tests.storage.seaweedfs import S3Server
 
 PARTS = 7
-BODY = random.Random(2).randbytes((PARTS - 1) * CHUNK_BYTES + 5)
+BODY = random.Random(2).randbytes((PARTS + 1) * CHUNK_BYTES + 5)
 CREATE, COMPLETE = "POST ?uploads", "POST ?uploadId="
 ANYWHERE = [
     Fault.ANSWER_LOST,

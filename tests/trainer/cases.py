@@ -38,6 +38,8 @@ def cases_of_one_rank(files: Path) -> dict[str, Case]:
             for generation in range(1, ROLLBACKS_LIMIT + 2)
         },
         **poisoned(files, "poisoned"),
+        **spiked(files, "spiked", generations=2),
+        **spiked(files, "spiked-ignored", generations=1, onLossSpike="Ignore"),
         "not-a-number-fp16": Case(
             classification(files, model="bert-overflowing", training={"precision": "FP16", "steps": 40})
         ),
@@ -61,6 +63,16 @@ def poisoned(files: Path, prefix: str) -> dict[str, Case]:
     return {
         f"{prefix}-{generation}": Case(recipe, prefix=prefix, generation=generation, checkpoint={"intervalSteps": 3})
         for generation in (1, 2)
+    }
+
+
+def spiked(files: Path, prefix: str, *, generations: int, **training: Any) -> dict[str, Case]:
+    """Generations of a job whose labels are all the same, but for one step's samples."""
+    data = {"train": {"source": f"file://{files}/train-spiked.jsonl"}}
+    recipe = classification(files, data=data, training={"steps": 24, **training})
+    return {
+        f"{prefix}-{generation}": Case(recipe, prefix=prefix, generation=generation, checkpoint={"intervalSteps": 3})
+        for generation in range(1, generations + 1)
     }
 
 

@@ -1,19 +1,41 @@
 """Files, a store and launches that the trainer's tests share: one launch per number of ranks trains all cases."""
 
+import os
+
+# Both are read when they are imported, which the test modules below do.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from hypothesis import settings
 
 from tests.storage.seaweedfs import S3Server, running_seaweedfs
 from tests.trainer.cases import cases_of_one_rank, cases_of_three_ranks, cases_of_two_ranks
 from tests.trainer.launch import Case, Launcher, train_all
-from tests.trainer.sentences import counting_texts, poisoned, rated_sentences, write_jsonl
+from tests.trainer.sentences import counting_texts, poisoned, rated_sentences, spiked, write_jsonl
 from tests.trainer.tiny_models import save_bert, save_llama
 
 settings.register_profile("no timing assertions", deadline=None)
 settings.load_profile("no timing assertions")
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process is rank 0 of 1."""
+    import deepspeed
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        rendezvous = tmp_path_factory.mktemp("group") / "store"
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        yield
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_llama(folder / "llama-config", weights=False)
     write_jsonl(folder / "train.jsonl", rated_sentences(151))
     write_jsonl(folder / "train-poisoned.jsonl", poisoned(rated_sentences(151)))
+    write_jsonl(folder / "train-spiked.jsonl", spiked(rated_sentences(400)))
     write_jsonl(folder / "evaluation.jsonl", rated_sentences(41, seed=2))
     write_jsonl(folder / "texts.jsonl", counting_texts(200))
     write_jsonl(folder / "other-texts.jsonl", counting_texts(31, seed=2))

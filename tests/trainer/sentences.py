@@ -27,6 +27,17 @@ def poisoned(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [*rows[:place], spoilt, *rows[place + 1 :]]
 
 
+SPIKED_STEP = 20
+"""Which step of a run with seed 42 and global batches of 12, counted from 0, has labels that contradict all others."""
+
+
+def spiked(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same label for all, which is soon learnt, but for one step's samples."""
+    numbers = np.arange(12 * SPIKED_STEP, 12 * (SPIKED_STEP + 1))
+    places = set(sample_order(numbers, samples=len(rows), seed=42).tolist())
+    return [{**row, "label": "negative" if place in places else "positive"} for place, row in enumerate(rows)]
+
+
 def _rated(draw: random.Random, label: str) -> dict[str, str]:
     words = [draw.choice(PLAIN) for _ in range(draw.randint(2, 24))]
     telling = {"negative": BAD, "neutral": (), "positive": GOOD}[label]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from finetune_api.protocol import BeatKind, Phase, Resumed, ResumeSource
 from finetune_trainer.train import ROLLBACKS_LIMIT
 from tests.trainer.launch import Case
 from tests.trainer.recipes import STEPS
-from tests.trainer.sentences import POISONED_NUMBER
+from tests.trainer.sentences import POISONED_NUMBER, SPIKED_STEP
 
 
 def code(case: Case) -> int:
@@ -65,7 +66,7 @@ def test_a_job_that_never_makes_a_number_goes_back_so_often_and_then_fails(one_r
     assert [code(case) for case in cases] == [ExitCode.ROLLED_BACK] * ROLLBACKS_LIMIT + [ExitCode.NUMERIC]
     assert [case.beats.of(BeatKind.RESUMED)[0].rollbacks for case in cases] == list(range(ROLLBACKS_LIMIT + 1))
     assert cases[0].outcomes[0]["message"] == (
-        "the loss of step 1 is nan; going back to the newest checkpoint and leaving out samples 0 to 11 (time 1 of 5)"
+        "the loss of step 1 is nan; going back to step 0 and leaving out samples 0 to 11 (time 1 of 5)"
     )
     assert cases[1].outcomes[0]["message"].endswith("leaving out samples 12 to 23 (time 2 of 5)")
     assert (
@@ -87,13 +88,38 @@ def test_a_sample_that_makes_no_number_is_left_out_and_the_job_ends_well(
     step = POISONED_NUMBER // 12
     assert code(first) == ExitCode.ROLLED_BACK
     assert first.outcomes[0]["message"] == (
-        f"the loss of step {step + 1} is nan; going back to the newest checkpoint and leaving out samples "
+        f"the loss of step {step + 1} is nan; going back to step 6 and leaving out samples "
         f"{12 * step} to {12 * step + 11} (time 1 of 5)"
     )
     assert code(second) == ExitCode.OK
     (resumed,) = second.beats.of(BeatKind.RESUMED)
     assert resumed == Resumed(6, ResumeSource.STORAGE, rollbacks=1, skipped_samples=12)
     assert [progress.step for progress in second.beats.progress] == list(range(7, STEPS + 1))
+
+
+def test_a_loss_that_jumps_is_gone_back_from_and_the_samples_that_led_to_it_are_left_out(
+    one_rank: dict[str, Case],
+) -> None:
+    first, second = one_rank["spiked-1"], one_rank["spiked-2"]
+    assert code(first) == ExitCode.ROLLED_BACK
+    assert [progress.step for progress in first.beats.progress] == list(range(1, SPIKED_STEP + 1)), (
+        "no step was taken on it"
+    )
+    assert re.fullmatch(
+        rf"the loss of step {SPIKED_STEP + 1} is \S+, after at most \S+ in the {SPIKED_STEP} steps before; "
+        r"going back to step 15 and leaving out samples 180 to 251 \(time 1 of 5\)",
+        first.outcomes[0]["message"],
+    )
+    assert code(second) == ExitCode.OK
+    assert second.beats.of(BeatKind.RESUMED) == [Resumed(15, ResumeSource.STORAGE, rollbacks=1, skipped_samples=72)]
+    assert max(second.beats.losses) < 1.0
+    assert [progress.step for progress in second.beats.progress] == list(range(16, 25))
+
+
+def test_a_loss_that_jumps_is_trained_through_where_the_recipe_says_so(one_rank: dict[str, Case]) -> None:
+    case = one_rank["spiked-ignored-1"]
+    assert code(case) == ExitCode.OK
+    assert case.beats.losses[SPIKED_STEP] > 3 * max(case.beats.losses[:SPIKED_STEP]), "there was a spike"
 
 
 def test_fp16_gives_up_when_no_loss_scale_helps(one_rank: dict[str, Case]) -> None:

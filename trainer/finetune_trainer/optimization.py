@@ -133,6 +133,8 @@ def update(engine: Any, recipe: Recipe, rate: float, step: int) -> Update:
     norm = _measure_at_stage_0(engine, recipe, step) if recipe.zero.stage == 0 else None
     _step(engine, step)
     skipped = engine.skipped_steps > skipped_before
+    if skipped and recipe.training.precision != Precision.FP16:  # with nothing to scale, DeepSpeed is silent about why
+        raise NotFinite(f"the gradient of step {step} is not finite")
     norm = float(engine.get_global_grad_norm()) if norm is None else norm
     if not skipped:
         require_finite("gradient norm", norm, step)

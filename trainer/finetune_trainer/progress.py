@@ -80,11 +80,16 @@ class Reporter:
         self._send(BeatKind.EVALUATION, evaluation=told)
         self.say(f"evaluation at step {evaluation.step}: {metrics_text(evaluation.metrics)}")
 
+    def newest_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Tell which committed checkpoint is the newest (rank 0)."""
+        if self.rank == 0:
+            self._send(BeatKind.CHECKPOINT, checkpoint=checkpoint)
+
     def checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Tell of a committed checkpoint (rank 0)."""
+        """Tell of a checkpoint that was just committed (rank 0)."""
         if self.rank != 0:
             return
-        self._send(BeatKind.CHECKPOINT, checkpoint=checkpoint)
+        self.newest_checkpoint(checkpoint)
         self.say(f"checkpoint of step {checkpoint.step} committed: {checkpoint.uri} ({checkpoint.size_bytes:,} bytes)")
 
     def saves(self, saves: Saves) -> None:

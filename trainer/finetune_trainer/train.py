@@ -7,7 +7,8 @@ A checkpoint is saved before the evaluation of its step: a crash while evaluatin
 evaluates that step first. Saving goes on beside training (see autosave); only leaving waits for it.
 
 A loss or gradient that is not finite spoils nothing that was committed. The job goes back to its newest checkpoint, as a new generation,
-and leaves out the samples of the step, a bounded number of times.
+and leaves out the samples of the step, a bounded number of times. So it does when the loss jumps (see spikes), except that there a
+checkpoint of the steps right before is not trusted either, and that after the last time it trains on.
 """
 
 import tempfile
@@ -19,7 +20,8 @@ from typing import NoReturn
 import torch
 
 from finetune_api.protocol import Evaluation, Metric, Phase, Progress, ResumeSource
-from finetune_api.recipe import MetricName, Precision
+from finetune_api.recipe import LossSpike, MetricName, Precision
+from finetune_trainer import spikes
 from finetune_trainer.autosave import Autosave
 from finetune_trainer.checkpoint.checkpoints import Checkpoints
 from finetune_trainer.checkpoint.manifest import Position
@@ -114,8 +116,11 @@ class Run:
         self.position, resumed = self.checkpoints.resume()
         if resumed.source == ResumeSource.OTHER_JOB:
             self._require_same_batches()
+            self.position = replace(self.position, recent_losses=())  # of other data, perhaps
         self.autosave.resumed(self.position.step, resumed.source)
         total = self.prepared.total_steps
+        if self.checkpoints.newest is not None:  # not what status has, after a fallback or a rollback
+            self.reporter.newest_checkpoint(self.checkpoints.newest)
         self.reporter.resumed(resumed)
         self.reporter.say(
             f"generation {self.job.generation}: starting after step {self.position.step} of {total}"
@@ -140,7 +145,7 @@ class Run:
         """Train on one global batch.
 
         Raises:
-            RolledBack: its numbers are not finite; the next generation leaves it out.
+            RolledBack: its numbers are not finite, or jump; the next generation leaves it out.
         """
         computed = self._compute()
         loss = self._agree(computed.loss)
@@ -149,20 +154,38 @@ class Run:
         try:
             if recipe.training.precision != Precision.FP16:  # whose scaler steps over a loss that is not finite
                 require_finite("loss", loss, step)
+            self._look_for_a_spike(loss, step)
             done = update(self.prepared.engine, recipe, rate, step)
         except NotFinite as what:
-            self._roll_back(str(what))
+            self._roll_back(str(what), suspect_steps=0)
         self._count_overflows(done.skipped, step)
         self.position = replace(
             self.position,
             step=step,
             samples_consumed=self.position.samples_consumed + recipe.training.global_batch_size,
+            recent_losses=spikes.remembered(self.position.recent_losses, loss),
         )
         self.reporter.phase(Phase.TRAINING, step)
         self._tell(replace(computed, loss=loss), rate, done.gradient_norm)
 
-    def _roll_back(self, what: str) -> NoReturn:
-        """Leave, so that the next generation starts from the newest checkpoint without this step's samples.
+    def _look_for_a_spike(self, loss: float, step: int) -> None:
+        """Go back if the loss jumps, before the weights follow it.
+
+        Raises:
+            RolledBack: it did.
+        """
+        recent = self.position.recent_losses
+        if self.job.recipe.training.on_loss_spike == LossSpike.IGNORE or not spikes.is_spike(loss, recent):
+            return
+        what = (
+            f"the loss of step {step} is {loss:.3g}, after at most {max(recent):.3g} in the {len(recent)} steps before"
+        )
+        if self.checkpoints.rollbacks < ROLLBACKS_LIMIT:
+            self._roll_back(what, suspect_steps=spikes.SUSPECT_STEPS)
+        self.reporter.say(f"{what}; going back was tried {ROLLBACKS_LIMIT} times: training goes on")
+
+    def _roll_back(self, what: str, *, suspect_steps: int) -> NoReturn:
+        """Leave, so that the next generation starts from a checkpoint before this step's samples and those of the steps suspected.
 
         Raises:
             RolledBack: unless that was tried too often.
@@ -174,11 +197,14 @@ class Run:
                 f"{what}; going back and leaving out the samples was tried {done} times: lower "
                 "training.optimizer.learningRate, use BF16 instead of FP16, or look at the data"
             )
-        numbers = self.prepared.plan.numbers(self.position.step, self.position.skipped_ranges)
-        skipped = (int(numbers[0]), int(numbers[-1]) + 1)
-        count = self.checkpoints.roll_back(skipped)
+        position, plan = self.position, self.prepared.plan
+        suspect_from = max(0, position.step - suspect_steps)
+        back_to = self.checkpoints.last_good(suspect_from)
+        first = plan.numbers(max(back_to, suspect_from), position.skipped_ranges)[0]
+        last = plan.numbers(position.step, position.skipped_ranges)[-1]
+        count = self.checkpoints.roll_back(back_to, (int(first), int(last) + 1))
         raise RolledBack(
-            f"{what}; going back to the newest checkpoint and leaving out samples {skipped[0]} to {skipped[1] - 1} "
+            f"{what}; going back to step {back_to} and leaving out samples {first} to {last} "
             f"(time {count} of {ROLLBACKS_LIMIT})"
         )
 

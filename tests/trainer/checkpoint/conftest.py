@@ -1,37 +1,15 @@
-"""A process group of one rank inside the test process, for everything that does not need several."""
-
-import os
-
-# Both are read when they are imported, which the test modules below do.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""An engine in the test process, and gangs of real ranks where one does not do."""
 
 import tempfile
 from collections.abc import Iterator
 
 import pytest
-import torch.distributed as dist
 
 from tests.trainer.checkpoint.faulty_store import FaultyStore
 from tests.trainer.checkpoint.gangs import running_nursery
 from tests.trainer.checkpoint.incarnations import close_all
 from tests.trainer.checkpoint.site import Site, leave_a_commit_and_a_save_under_way
 from tests.trainer.checkpoint.trainee import Case, new_engine, train
-
-
-@pytest.fixture(scope="session")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """This process is rank 0 of 1."""
-    import deepspeed
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            patch.setenv(name, value)
-        rendezvous = tmp_path_factory.mktemp("group") / "store"
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-        yield
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -207,12 +207,15 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
     def die(self, in_same_pod):
         self.resume(in_same_pod=in_same_pod)
 
-    @rule(in_same_pod=st.booleans(), error=UNCLEAR, when=WHEN, first=st.integers(0, 50))
-    def roll_back(self, in_same_pod, error, when, first):
+    @rule(in_same_pod=st.booleans(), error=UNCLEAR, when=WHEN, first=st.integers(0, 50), suspect=st.integers(0, 3))
+    def roll_back(self, in_same_pod, error, when, first, suspect):
         """Exactly once, whatever the answers; and nothing that was staged before is ever taken up again."""
+        back_to = self.saver.last_good(self.step - suspect)
         before = self.head
         setattr(self.store, when, Once("HEAD", error("unclear")))
-        assert self.saver.roll_back((first, first + 2)) == before.rollbacks + 1
+        assert self.saver.roll_back(back_to, (first, first + 2)) == before.rollbacks + 1
+        assert [kept.step for kept in self.kept] == [kept.step for kept in before.kept if kept.step <= back_to]
+        assert bool(self.kept) == bool(before.kept), "a checkpoint is left where there was one"
         self.skipped += ((first, first + 2),)
         resumed = self.resume(in_same_pod=in_same_pod)
         assert resumed.source != ResumeSource.MEMORY

@@ -122,11 +122,38 @@ def test_damage_falls_back_to_the_checkpoint_before_and_says_so(engine, two_save
     if body is not None:
         two_saved.objects[uri] = body
     with caplog.at_level(logging.WARNING):
-        assert checkpoints(engine, two_saved, 2).resume()[0] == position(10)
+        saver = checkpoints(engine, two_saved, 2)
+        assert saver.resume()[0] == position(10)
+    assert saver.newest is not None
+    assert (saver.newest.step, saver.newest.size_bytes) == (10, head(two_saved).kept[0].size_bytes)
     assert marks(engine) == {10.0}
     assert f"Checkpoint of step 20 cannot be loaded: {uri}" in caplog.text
     assert "Fell back to the checkpoint of step 10" in caplog.text
     assert [kept.step for kept in head(two_saved).kept] == [10], "a fallback rewrites HEAD"
+
+
+@pytest.mark.parametrize(
+    ("suspect_from", "back_to", "kept"), [(35, 20, [20, 10]), (20, 20, [20, 10]), (19, 10, [10]), (3, 10, [10])]
+)
+def test_a_rollback_goes_behind_what_is_suspected_as_far_as_there_are_checkpoints(
+    engine, two_saved, suspect_from, back_to, kept
+):
+    saver = checkpoints(engine, two_saved, 2)
+    saver.resume()
+    assert saver.last_good(suspect_from) == back_to
+    saver.roll_back(back_to, (280, 288))
+    assert [entry.step for entry in head(two_saved).kept] == kept
+    after = checkpoints(engine, two_saved, 3)
+    assert after.resume()[0].step == back_to
+    save(engine, after, 30)
+    assert [entry.step for entry in head(two_saved).kept] == [30, back_to]
+    assert {uri.split("/")[-3] for uri in objects(two_saved, "/checkpoints/")} == {"step-30", f"step-{back_to}"}
+
+
+def test_without_a_checkpoint_a_rollback_goes_to_the_start(engine, store):
+    saver = checkpoints(engine, store, 1)
+    saver.resume()
+    assert saver.last_good(7) == 0
 
 
 def test_what_was_fallen_back_from_goes_after_the_next_commit(engine, two_saved):
@@ -390,7 +417,7 @@ def test_a_rollback_starts_the_next_generation_before_it_and_skips_the_range(eng
     save(engine, saver, 30)
     two_saved.before = Once("rank-00000.safetensors", StorageUnavailable("away"))
     saver.begin_save(position(35))
-    assert saver.roll_back((280, 288)) == 1
+    assert saver.roll_back(saver.last_good(35), (280, 288)) == 1
     found, resumed = checkpoints(engine, two_saved, 3, pod=tmp_path).resume()
     assert found == replace(position(30), skipped_ranges=((3, 5), (280, 288)))
     assert marks(engine) == {30.0}, "what was staged after the newest commit is void"

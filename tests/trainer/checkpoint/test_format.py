@@ -51,7 +51,7 @@ HEAD_DOCUMENT = {
     "rollbacks": 2,
 }
 MANIFEST = Manifest(
-    position=Position(100, 6400, ((128, 192),)),
+    position=Position(100, 6400, ((128, 192),), (2.5, 0.25)),
     generation=3,
     world_size=2,
     zero_stage=2,
@@ -68,6 +68,7 @@ MANIFEST_DOCUMENT = {
     "step": 100,
     "samplesConsumed": 6400,
     "skippedRanges": [[128, 192]],
+    "recentLosses": [2.5, 0.25],
     "generation": 3,
     "worldSize": 2,
     "zeroStage": 2,

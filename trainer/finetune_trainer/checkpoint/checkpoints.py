@@ -28,7 +28,7 @@ from finetune_trainer.checkpoint.memory import restore_from_memory
 from finetune_trainer.checkpoint.ranks import Ranks
 from finetune_trainer.checkpoint.restore import Restored, Restorer
 from finetune_trainer.checkpoint.retention import abort_uploads
-from finetune_trainer.checkpoint.saving import Outcome, Saver
+from finetune_trainer.checkpoint.saving import Outcome, Saver, as_told
 from finetune_trainer.checkpoint.shard import Layout, lay_out
 from finetune_trainer.checkpoint.staging import SaveId, Seal, Staging
 from finetune_trainer.errors import TrainingError
@@ -173,19 +173,30 @@ class Checkpoints:
         """Note what the evaluation of a step gave, by which the best is kept."""
         self._running.grade(step, metric)
 
-    def roll_back(self, skipped: tuple[int, int]) -> int:
-        """Void everything later than the newest commit, leave out a range of samples, and return how often that was done.
+    def last_good(self, suspect_from: int) -> int:
+        """Return the step to go back to: the newest checkpoint not later than ``suspect_from``, else the oldest; 0 without any."""
+        self.wait()
+        kept = self._ranks.first(self._head_writer.kept_steps)
+        return next((step for step in kept if step <= suspect_from), kept[-1] if kept else 0)
+
+    def roll_back(self, step: int, skipped: tuple[int, int]) -> int:
+        """Void everything later than a step's checkpoint, leave out a range of samples, and return how often that was done.
 
         The engine's state is of no use any more: the next generation resumes.
         """
         self.wait()
-        return self._ranks.first(partial(self._head_writer.roll_back, skipped)).rollbacks
+        return self._ranks.first(partial(self._head_writer.roll_back, step, skipped)).rollbacks
 
     def close(self) -> None:
         """Give up threads and groups; for who makes several in one process."""
         if self._saver is not None:
             self._saver.close()
         self._ranks.close()
+
+    @property
+    def newest(self) -> Checkpoint | None:
+        """The newest committed checkpoint as this generation found it, after what cannot be read was taken off the list."""
+        return next((as_told(kept, self._prefix) for kept in self._head.kept), None)
 
     @property
     def rollbacks(self) -> int:

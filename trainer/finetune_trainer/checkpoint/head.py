@@ -130,14 +130,16 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class RollBack:
-    """Go back to the newest checkpoint and leave out a range of samples from there on."""
+    """Go back to the checkpoint of ``step`` and leave out a range of samples from there on."""
 
     skipped: tuple[int, int]
+    step: int
 
     def apply(self, head: Head) -> Head:
         """Return the content afterwards."""
         return replace(
             head,
+            kept=tuple(old for old in head.kept if old.step <= self.step),
             lineage=head.lineage + 1,
             skipped_ranges=(*head.skipped_ranges, self.skipped),
             rollbacks=head.rollbacks + 1,

@@ -30,11 +30,15 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where training stands: ``samples_consumed`` and the ranges of samples skipped, as half-open intervals."""
+    """Where training stands: ``samples_consumed`` and the ranges of samples skipped, as half-open intervals.
+
+    ``recent_losses`` are those of the newest steps, oldest first: what is a spike is decided from them (see spikes).
+    """
 
     step: int
     samples_consumed: int
     skipped_ranges: tuple[tuple[int, int], ...] = ()
+    recent_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +90,9 @@ class Manifest:
 
 def encode(manifest: Manifest) -> bytes:
     """Return the bytes of a manifest."""
-    position = manifest.position
     document = {
         "version": FORMAT_VERSION,
-        "step": position.step,
-        "samplesConsumed": position.samples_consumed,
-        "skippedRanges": [list(pair) for pair in position.skipped_ranges],
+        **position_to_json(manifest.position),
         "generation": manifest.generation,
         "worldSize": manifest.world_size,
         "zeroStage": manifest.zero_stage,
@@ -118,11 +119,7 @@ def decode(body: bytes) -> Manifest:
         if layout != (FORMAT_VERSION, CHUNK_BYTES, STATES):
             raise Unreadable(f"version, chunk size and states are {layout!r}")
         return Manifest(
-            position=Position(
-                step=document["step"],
-                samples_consumed=document["samplesConsumed"],
-                skipped_ranges=tuple((first, last) for first, last in document["skippedRanges"]),
-            ),
+            position=position_from_json(document),
             generation=document["generation"],
             world_size=document["worldSize"],
             zero_stage=document["zeroStage"],
@@ -143,6 +140,26 @@ def _decompressed(body: bytes) -> bytes:
     if not reader.eof:
         raise ValueError("it ends in the middle, or is larger than any manifest")
     return text
+
+
+def position_to_json(position: Position) -> Json:
+    """Return a position's part of a document."""
+    return {
+        "step": position.step,
+        "samplesConsumed": position.samples_consumed,
+        "skippedRanges": [list(pair) for pair in position.skipped_ranges],
+        "recentLosses": list(position.recent_losses),
+    }
+
+
+def position_from_json(document: Json) -> Position:
+    """Return the position that a document tells."""
+    return Position(
+        step=document["step"],
+        samples_consumed=document["samplesConsumed"],
+        skipped_ranges=tuple((first, last) for first, last in document["skippedRanges"]),
+        recent_losses=tuple(document.get("recentLosses", ())),
+    )
 
 
 def shard_to_json(shard: Shard) -> Json:

@@ -177,9 +177,7 @@ class Saver:
         except TrainingError as error:
             self._failed.append(folder)
             return Outcome(step, time.monotonic() - started, error=error)
-        uri = f"{self._prefix}/{folder.rstrip('/')}"
-        checkpoint = Checkpoint(step=step, uri=uri, size_bytes=kept.size_bytes, commit_time=kept.commit_time)
-        return Outcome(step, time.monotonic() - started, checkpoint=checkpoint)
+        return Outcome(step, time.monotonic() - started, checkpoint=as_told(kept, self._prefix))
 
     def _seal(self, slot: Slot, seal: Seal) -> Shard:
         """Say what the buffer holds, now that it is hashed."""
@@ -235,6 +233,12 @@ class Saver:
         ended = [*(kept.folder for kept in self._head.kept), *self._failed]
         delete_folders(self._store, self._prefix, (folder for folder in ended if folder not in listed))
         self._head, self._failed = head, []
+
+
+def as_told(kept: Kept, prefix: str) -> Checkpoint:
+    """Return a committed checkpoint as status has it."""
+    uri = f"{prefix}/{kept.folder.rstrip('/')}"
+    return Checkpoint(step=kept.step, uri=uri, size_bytes=kept.size_bytes, commit_time=kept.commit_time)
 
 
 def _yield_to_training() -> None:

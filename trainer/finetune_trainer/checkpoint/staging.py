@@ -21,7 +21,15 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_trainer.checkpoint.manifest import Json, Position, Shard, shard_from_json, shard_to_json
+from finetune_trainer.checkpoint.manifest import (
+    Json,
+    Position,
+    Shard,
+    position_from_json,
+    position_to_json,
+    shard_from_json,
+    shard_to_json,
+)
 from finetune_trainer.errors import StorageUnavailable
 
 log = logging.getLogger(__name__)
@@ -156,9 +164,7 @@ def _to_json(seal: Seal) -> Json:
         "worldSize": seal.world_size,
         "zeroStage": seal.zero_stage,
         "recipe": seal.recipe_digest,
-        "step": seal.position.step,
-        "samplesConsumed": seal.position.samples_consumed,
-        "skippedRanges": [list(pair) for pair in seal.position.skipped_ranges],
+        **position_to_json(seal.position),
         "scalars": seal.scalars,
         "shard": shard_to_json(seal.shard),
     }
@@ -172,11 +178,7 @@ def _from_json(document: Json) -> Seal:
         world_size=document["worldSize"],
         zero_stage=document["zeroStage"],
         recipe_digest=document["recipe"],
-        position=Position(
-            step=document["step"],
-            samples_consumed=document["samplesConsumed"],
-            skipped_ranges=tuple((first, last) for first, last in document["skippedRanges"]),
-        ),
+        position=position_from_json(document),
         scalars=document["scalars"],
         shard=shard_from_json(document["shard"]),
     )

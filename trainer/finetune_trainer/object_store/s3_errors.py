@@ -23,7 +23,8 @@ from botocore.exceptions import (
     TokenRetrievalError,
 )
 
-S3_ERRORS = (BotoCoreError, ClientError, RetriesExceededError, S3UploadFailedError)
+_TOKEN_FILE = (FileNotFoundError, PermissionError)  # AWS_WEB_IDENTITY_TOKEN_FILE, which boto3 opens by itself
+S3_ERRORS = (BotoCoreError, ClientError, RetriesExceededError, S3UploadFailedError, *_TOKEN_FILE)
 """Everything that boto3 raises about a request."""
 
 _TRANSPORT = (ConnectionError, HTTPClientError, IncompleteReadError, ChecksumError, RetriesExceededError)
@@ -35,6 +36,7 @@ _CREDENTIALS = (
     NoAuthTokenError,
     SSOError,
     LoginError,
+    *_TOKEN_FILE,
 )
 _WRAPPERS = (S3UploadFailedError, RetriesExceededError)
 
@@ -113,8 +115,13 @@ def classify(error: BaseException) -> Kind:
 
 
 def describe(error: BaseException) -> str:
-    """Return code and status, or the class of the error: never its text, which may quote keys, signatures or URLs."""
+    """Return code and status, or the class of the error: never its text, which may quote keys, signatures or URLs.
+
+    Of a token that cannot be read, where it should be.
+    """
     inner = _cause(error)
+    if isinstance(inner, _TOKEN_FILE):
+        return f"{inner.strerror}: {inner.filename}"
     if not isinstance(inner, ClientError):
         return type(inner).__name__
     code, status = _code(inner), _status(inner)

@@ -1,8 +1,9 @@
 """Writing memory as one object: in parts side by side, each checked by the store, repeated alone, and aborted together.
 
 Each part goes with its SHA-256 in a signed header. The store refuses one that arrives broken, and only that one goes
-again. A part is a whole number of chunks, since the caller has hashed those; it is one chunk unless the object would then need
-more parts than S3 allows (10,000: past 78 GiB), where the part's own hash is made here.
+again. A part is a whole number of chunks, since the caller has hashed those: one chunk, but the last of four and more takes three.
+That pays for the two requests that begin and complete an upload, so that an object costs no more requests than it has chunks. Past
+78 GiB S3's limit of 10,000 parts makes them larger. A part of several chunks is hashed here.
 
 Completing is the one request that is not idempotent: repeated after a lost answer it fails because of its own success.
 So the upload carries a nonce as metadata, and after any failure a look at the object tells whether that one is ours.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from finetune_trainer.object_store.paced_body import Pace, PacedBody
@@ -27,6 +29,7 @@ T = TypeVar("T")
 
 MOST_PARTS = 10_000
 """Of one upload, in S3."""
+SAVED_FROM_PARTS = 4
 PARTS_IN_FLIGHT = 4
 NONCE_KEY = "upload-nonce"
 
@@ -44,8 +47,10 @@ def plan_parts(size_bytes: int) -> tuple[Part, ...]:
     """Cut an object into parts of the fewest whole chunks that keep their number allowed; an empty one has none."""
     chunks = -(-size_bytes // CHUNK_BYTES)
     part_bytes = max(1, -(-chunks // MOST_PARTS)) * CHUNK_BYTES
-    starts = range(0, size_bytes, part_bytes)
-    return tuple(Part(i + 1, start, min(start + part_bytes, size_bytes)) for i, start in enumerate(starts))
+    starts = [*range(0, size_bytes, part_bytes)]
+    if len(starts) >= SAVED_FROM_PARTS:
+        del starts[-2:]
+    return tuple(Part(i, start, end) for i, (start, end) in enumerate(pairwise([*starts, size_bytes]), start=1))
 
 
 class Upload:
