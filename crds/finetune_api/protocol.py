@@ -14,7 +14,7 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Dict, List, Optional, Type, TypeVar, Union
+from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar, Union
 
 PROTOCOL_VERSION = 1
 SERVED_VERSIONS = (1,)
@@ -51,6 +51,15 @@ class Phase(str, Enum):
     FINISHING = "Finishing"
 
 
+class Doing(str, Enum):
+    """What a worker that has fallen silent was found to be doing."""
+
+    STOPPED = "Stopped"  # nothing: its process does not run, or does not come back from the kernel
+    WORKING = "Working"  # something of its own
+    WAITING = "Waiting"  # waiting for its peers
+    UNKNOWN = "Unknown"  # it does not show its stacks
+
+
 class ResumeSource(str, Enum):
     """Where a generation took its state from."""
 
@@ -75,10 +84,48 @@ class BeatKind(str, Enum):
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a worker is. ``step`` counts finished optimizer steps."""
+    """Where a worker is. ``step`` counts finished optimizer steps.
+
+    ``busy_seconds`` is what the newest step took of this rank alone, without the time that it waited for its peers.
+    """
 
     phase: Phase
     step: int = 0
+    busy_seconds: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a rank is of late: medians of the newest steps, and of what each took of this rank alone."""
+
+    rank: int
+    step_seconds: float
+    busy_seconds: float
+
+
+@dataclass(frozen=True)
+class Stalled:
+    """All workers of a pod are silent for longer than what they do may take; this one is the likeliest to hold up the others.
+
+    ``silent_seconds`` count from its last heartbeat, which told ``phase`` and ``step``. ``place`` is where its main thread stands.
+    """
+
+    rank: int
+    phase: Phase
+    step: int
+    silent_seconds: float
+    doing: Doing = Doing.UNKNOWN
+    place: str = ""
+
+    @property
+    def innocence(self) -> Tuple[bool, int, int, float]:
+        """The rank with the least of it is the one that the others wait for.
+
+        Nobody stops their process in a collective by chance. Of those that run, whoever has done fewer steps did not come to where the
+        others are; at the same step it is who does not wait; then who was heard of first of all.
+        """
+        alibi = (Doing.STOPPED, Doing.WORKING, Doing.UNKNOWN, Doing.WAITING).index(self.doing)
+        return self.doing is not Doing.STOPPED, self.step, alibi, -self.silent_seconds
 
 
 @dataclass(frozen=True)
@@ -202,13 +249,16 @@ class Report:
     resumed: Optional[Resumed] = None
     model: Optional[Model] = None
     exits: List[Exit] = field(default_factory=list)
+    stalled: Optional[Stalled] = None
+    paces: List[Pace] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Order:
     """What one agent should be doing. The fields after ``generation`` matter for ``Run`` only.
 
-    ``rank`` is the node's rank among ``nodes``; workers get global ranks ``rank * processes_per_node + local rank``.
+    ``rank`` is the node's rank among ``nodes``; workers get global ranks ``rank * processes_per_node + local rank``. ``hang_seconds`` is
+    how long training workers may at least be silent; 0: for ever, whatever they do.
     """
 
     action: Action
@@ -220,6 +270,7 @@ class Order:
     master_port: int = 0
     grace_seconds: int = 0
     protocol: int = PROTOCOL_VERSION
+    hang_seconds: int = 60
 
 
 @dataclass(frozen=True)

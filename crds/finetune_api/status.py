@@ -25,7 +25,7 @@ class ConditionType(StrEnum):
     """The conditions of a job. Ready, Reconciling and Stalled follow kstatus.
 
     CheckpointsDelayed is True while nothing can be committed or a save that was due has to wait, CheckpointFallback from when a gang
-    could not start from the newest checkpoint until there is a newer one.
+    could not start from the newest checkpoint until there is a newer one, Straggler while one rank holds up the others without hanging.
     """
 
     READY = "Ready"
@@ -36,6 +36,7 @@ class ConditionType(StrEnum):
     FAILED = "Failed"
     CHECKPOINTS_DELAYED = "CheckpointsDelayed"
     CHECKPOINT_FALLBACK = "CheckpointFallback"
+    STRAGGLER = "Straggler"
 
 
 class Condition(StatusModel):
@@ -184,12 +185,18 @@ class JobResumed(StatusModel):
 
 
 class RestartReason(StatusModel):
-    """Restarts for one reason."""
+    """Restarts for one reason, and what they leave of its budget."""
 
     reason: str = Field(max_length=64)
     """Why."""
     count: int = Field(ge=0)
     """How many in all."""
+    used: int = Field(default=0, ge=0)
+    """How many of recovery.maxRestarts are used: in the present window, and since the job last got further."""
+    window_start: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """When the present window began; absent when such restarts use no budget."""
+    last_step: int | None = Field(default=None, ge=0)
+    """Optimizer steps done at the newest of them; a checkpoint of a later step makes the budget whole."""
 
 
 class Restarts(StatusModel):
@@ -197,14 +204,10 @@ class Restarts(StatusModel):
 
     total: int = Field(default=0, ge=0)
     """How often in all."""
-    used: int = Field(default=0, ge=0)
-    """How many of recovery.maxRestarts are used in the present window."""
-    window_start: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
-    """When the present window began."""
     by_reason: list[RestartReason] = Field(
         default_factory=list, max_length=32, json_schema_extra={"x-list-key": "reason"}
     )
-    """How often for each reason."""
+    """How often for each reason, and what is left of its budget."""
 
 
 class Attempt(StatusModel):

@@ -14,10 +14,11 @@ import select
 import socket
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Set, Tuple
 
+from finetune_agent.hang import Pulse
 from finetune_api.contract import MESSAGE_LIMIT
 from finetune_api.protocol import (
     Beat,
@@ -41,7 +42,7 @@ BEATS_BEFORE_RECORD = 1000
 
 @dataclass(frozen=True)
 class Levels:
-    """The newest of each kind that workers told."""
+    """The newest of each kind that workers told, and the newest heartbeat of each of them."""
 
     heartbeat: Optional[Heartbeat] = None
     progress: Optional[Progress] = None
@@ -50,6 +51,7 @@ class Levels:
     saves: Optional[Saves] = None
     resumed: Optional[Resumed] = None
     model: Optional[Model] = None
+    pulses: Dict[int, Pulse] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ class Board:
             self.ignored += 1
         elif beat.failure is not None:
             self._failures[beat.rank] = beat.failure
+        elif beat.heartbeat is not None:
+            pulses = {**self._levels.pulses, beat.rank: Pulse(beat.heartbeat, time.monotonic())}
+            self.put(beat.generation, heartbeat=beat.heartbeat, pulses=pulses)
         else:
             self.put(beat.generation, **{beat.kind.value: shortened(getattr(beat, beat.kind.value))})
 

@@ -16,6 +16,7 @@ from finetune_api.protocol import (
     Action,
     AgentState,
     Checkpoint,
+    Doing,
     Exit,
     Heartbeat,
     Order,
@@ -25,6 +26,7 @@ from finetune_api.protocol import (
     Resumed,
     ResumeSource,
     Saves,
+    Stalled,
 )
 from finetune_api.status import ConditionType
 from finetune_operator.cache import Cache, JobKey
@@ -56,6 +58,7 @@ class SimulatedAgent:
     checkpoint: Checkpoint | None = None
     saves_now: Saves | None = None
     resumed: Resumed | None = None
+    stalled: Stalled | None = None
 
     def report(self) -> Report:
         running = self.state == AgentState.RUNNING
@@ -73,6 +76,7 @@ class SimulatedAgent:
             saves=self.saves_now,
             resumed=self.resumed,
             exits=list(self.exits),
+            stalled=self.stalled if running else None,
         )
 
     def obey(self, order: Order) -> bool:
@@ -87,7 +91,7 @@ class SimulatedAgent:
             self.state = AgentState.STOPPED
         if order.action == Action.RUN and order.generation > self.started and not self.leaving:
             self.started, self.rank, self.state, self.exits = order.generation, order.rank, AgentState.RUNNING, []
-            self.saves_now = None
+            self.saves_now = self.stalled = None
             self.resumed = Resumed(self.started - 1, ResumeSource.STORAGE) if self.rank == 0 else None
             return True
         return False
@@ -96,6 +100,11 @@ class SimulatedAgent:
         if self.state == AgentState.RUNNING:
             self.state = AgentState.FAILED
             self.exits = [Exit(self.started, self.rank, exit_code, signal, message)]
+
+    def hangs(self, doing: Doing) -> None:
+        """All its workers are silent for too long."""
+        if self.state == AgentState.RUNNING:
+            self.stalled = Stalled(self.rank, Phase.TRAINING, self.started, 61.0, doing)
 
     def saves(self) -> None:
         """The workers leave after a save that all ranks have agreed on, for one pod was asked to go."""
@@ -327,7 +336,7 @@ class Cluster:
             kinds = [condition["type"] for condition in status["conditions"]]
             assert kinds == [kind.value for kind in ConditionType]
             assert all(condition["reason"] and condition["message"] for condition in status["conditions"])
-            used = (status.get("restarts") or {}).get("used", 0)
-            assert used <= self.job["spec"].get("recovery", {}).get("maxRestarts", 8)
+            for entry in (status.get("restarts") or {}).get("byReason", ()):
+                assert entry["used"] <= self.job["spec"].get("recovery", {}).get("maxRestarts", 8)
 
     job_uid = job_body()["metadata"]["uid"]

@@ -17,12 +17,14 @@ from finetune_api.protocol import (
     Heartbeat,
     Metric,
     Model,
+    Pace,
     Phase,
     Progress,
     Report,
     Resumed,
     ResumeSource,
     Saves,
+    Stalled,
     from_wire,
     to_wire,
 )
@@ -55,6 +57,8 @@ NEWS = {
     "a model is": ({"model": Model("s3://x")}, True),
     "another state is": ({"state": AgentState.RUNNING}, True),
     "another generation is": ({"generation": 2}, True),
+    "that all workers are silent is": ({"stalled": Stalled(0, Phase.TRAINING, 7, 60.0)}, True),
+    "how fast a rank is is no news": ({"paces": [Pace(0, 1.0, 0.5)]}, False),
     "an exit is": ({"exits": [Exit(1, 0, 1)]}, True),
     "another instance of the agent is": ({"instance": "second"}, True),
 }

@@ -15,6 +15,7 @@ from finetune_operator.plan.gang import (
     surplus_pods,
     with_members,
 )
+from finetune_operator.plan.hang import find_hang
 from finetune_operator.plan.leaving import describe
 from finetune_operator.plan.observation import Observation, Plan, instant, is_final, timestamp, unset_gang
 from finetune_operator.plan.pending import is_blocked, waiting_for
@@ -23,8 +24,7 @@ from finetune_operator.plan.recovery import (
     Hold,
     backoff_seconds,
     find_hold,
-    restarts_left,
-    uses_budget,
+    last_straw,
     with_attempt,
     with_restart,
 )
@@ -59,6 +59,8 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     if all(state == AgentState.SUCCEEDED for state in states):
         return _plan_end(observed, status, gang, Situation(JobPhase.SUCCEEDED, "Succeeded", _success_message(status)))
     failure, look_again = find_cause(observed, gang)
+    if failure is None and look_again is None:
+        failure, look_again = find_hang(observed, gang)
     if failure is not None:
         return _plan_failure(observed, status, gang, failure)
     ready = sum(state in (AgentState.RUNNING, AgentState.SUCCEEDED) for state in states)
@@ -71,10 +73,9 @@ def _plan_failure(observed: Observation, status: JobStatus, gang: Gang, failure:
     status = after_a_generation(with_attempt(observed, status, gang, failure))
     if failure.failure_class == FailureClass.TERMINAL:
         return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, failure.reason, failure.message))
-    if uses_budget(failure) and restarts_left(observed, status) <= 0:
-        spent = observed.job.spec.recovery.max_restarts
-        message = f"gave up after {spent} restarts (recovery.maxRestarts); last: {failure.reason}: {failure.message}"
-        return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, "RestartsExhausted", message))
+    last = last_straw(observed, status, failure)
+    if last is not None:
+        return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, last.reason, last.message))
     status = with_restart(observed, status, failure)
     return _plan_assembly(observed, status, next_generation(observed, gang))
 
