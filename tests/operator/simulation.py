@@ -35,6 +35,7 @@ from finetune_operator.kube.api import JOBS, PODS
 from finetune_operator.kube_object import KubeObject
 from finetune_operator.plan.orders import order_for
 from finetune_operator.reconcile import Reconciler
+from tests.operator import kstatus
 from tests.operator.documents import NOON, job_body, settings
 from tests.operator.fake_api import FakeKubeApi
 
@@ -333,6 +334,7 @@ class Cluster:
         assert len(places) == len(set(places)), "one pod for each place and generation"
         status = self.status
         if status:
+            kstatus.check(self.job)
             kinds = [condition["type"] for condition in status["conditions"]]
             assert kinds == [kind.value for kind in ConditionType]
             assert all(condition["reason"] and condition["message"] for condition in status["conditions"])
