@@ -211,10 +211,19 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a container may use, and the most that it has; None: not known."""
+
+    limit_bytes: Optional[int] = None
+    peak_bytes: Optional[int] = None
+
+
+@dataclass(frozen=True)
 class Exit:
     """The end of one worker (or of the launcher itself: ``rank`` -1).
 
-    ``exit_code`` is None when ``signal`` ended it. ``message`` is the error's last line, ``log_tail`` the last lines printed.
+    ``exit_code`` is None when ``signal`` ended it. ``message`` is the error's last line, ``log_tail`` the last lines printed. ``memory``
+    is set when the kernel ended it for want of memory.
     """
 
     generation: int
@@ -223,6 +232,7 @@ class Exit:
     signal: Optional[int] = None
     message: str = ""
     log_tail: str = ""
+    memory: Optional[Memory] = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Set, Tuple
 
 from finetune_agent.hang import Pulse
+from finetune_agent.memory import MemoryKills
 from finetune_api.contract import MESSAGE_LIMIT
 from finetune_api.protocol import (
     Beat,
@@ -160,6 +161,7 @@ class Listener:
         self._emit = emit
         self._seen: Set[Tuple[int, int, bool]] = set()
         self._pace = Pace(BEATS_PER_SECOND)
+        self.memory_kills = MemoryKills()
         self.progress_path = str(folder / "progress.sock")
         self.exits_path = str(folder / "exits.sock")
         self._beats = bind(self.progress_path)
@@ -203,7 +205,7 @@ class Listener:
         self._seen = {seen for seen in self._seen if seen[0] == end.generation} | {key}
         if isinstance(pid, int):
             return WorkerStarted(end.generation, end.rank, pid)
-        return WorkerEnded(self._board.merged(end))
+        return WorkerEnded(self.memory_kills.blamed(self._board.merged(end)))
 
 
 class Pace:

@@ -194,6 +194,7 @@ class Loop:
         self._save_now = folder / SAVE_NOW_FILE
         first = order.rank * order.processes_per_node
         self._board.begin(order.generation, range(first, first + order.processes_per_node))
+        self._listener.memory_kills.begin()
         endpoints = environment.Endpoints(
             save_now=str(self._save_now),
             stacks_folder=str(folder / STACKS_FOLDER),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from finetune_api.contract import ExitCode
-from finetune_api.protocol import AgentState, Checkpoint, Exit, Heartbeat, Phase
+from finetune_api.protocol import AgentState, Checkpoint, Exit, Heartbeat, Memory, Phase
 from finetune_operator.plan.observation import NewPod
 from tests.operator.documents import SCRIPT
 from tests.operator.story import RUNNING, Story, document
@@ -478,14 +478,32 @@ def test_only_the_last_ten_attempts_are_kept() -> None:
 
 def test_a_container_killed_for_memory_is_told_with_what_to_do() -> None:
     story = Story().trains()
-    story.change(1, containers=(OOM_NOW,))
+    story.change(1, containers=(OOM_NOW,), memory_limit=str(3 * 2**30))
     story.report(
         1, state=AgentState.FAILED, exits=[Exit(1, -1, None, None, "the agent process ended while this generation ran")]
     )
     story.go()
     attempt = story.job.status.attempts[0]
     assert (attempt.reason, attempt.pod, attempt.exit_code) == ("OutOfMemory", "sentiment-aaaaa-1-1", 137)
-    assert attempt.message == "pod sentiment-aaaaa-1-1 was killed at its memory limit; raise workers.resources.memory"
+    assert (
+        attempt.message
+        == "pod sentiment-aaaaa-1-1 was killed at its memory limit of 3.00 GiB; raise workers.resources.memory"
+    )
+
+
+def test_a_worker_that_the_kernel_took_for_memory_is_told_with_limit_and_peak_though_its_container_runs_on() -> None:
+    story = Story().trains()
+    gang_dies = Exit(1, 1, 1, None, GLOO)
+    killed = Exit(1, 0, None, 9, "", memory=Memory(limit_bytes=3 * 2**30, peak_bytes=3 * 2**30 - 2**28))
+    story.report(1, state=AgentState.FAILED, exits=[gang_dies])
+    story.report(0, state=AgentState.FAILED, exits=[killed])
+    story.go()
+    attempt = story.job.status.attempts[0]
+    assert (attempt.reason, attempt.rank, attempt.signal) == ("OutOfMemory", 0, 9)
+    assert attempt.message == (
+        "rank 0 was killed at the memory limit of pod sentiment-aaaaa-0-1 of 3.00 GiB; its peak was 2.75 GiB; "
+        "raise workers.resources.memory"
+    )
 
 
 def test_a_container_once_killed_for_memory_is_not_blamed_for_later_generations() -> None:

@@ -66,6 +66,8 @@ def _check_exit(end: Exit, path: str) -> None:
     for number in (end.generation, end.rank, end.exit_code or 0, end.signal or 0):
         if not -1 <= number < 2**31:
             raise ValueError(f"{path}: out of range")
+    if end.memory is not None:
+        _check(end.memory, f"{path}.memory")
 
 
 def _check_scalar(value: object, path: str) -> None:

@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from enum import IntEnum
 
 from finetune_api.contract import TRAINER_CONTAINER, ExitCode
-from finetune_api.protocol import AgentState, Exit, Report
+from finetune_api.protocol import AgentState, Exit, Memory, Report
 from finetune_api.status import Gang, Member
 from finetune_operator.plan.leaving import SAVE_SECONDS, has_ended, leaving_members, look_again_seconds, may_still_save
 from finetune_operator.plan.observation import Heard, Observation
@@ -155,10 +155,12 @@ def _out_of_memory(observed: Observation, pod: PodView | None) -> Failure | None
     for container in pod.containers if pod else ():
         if container.name == TRAINER_CONTAINER and "OOMKilled" in (container.exit_reason, container.last_exit_reason):
             assert pod is not None
+            limit = pod.memory_limit  # the operator writes it in bytes; others may write it as they like
+            limit = _gibibytes(int(limit)) if limit.isdigit() else limit
             return Failure(
                 failure_class=FailureClass.MEMORY,
                 reason="OutOfMemory",
-                message=f"pod {pod.name} was killed at its memory limit; raise workers.resources.memory",
+                message=f"pod {pod.name} was killed at its memory limit{_of(limit)}; raise workers.resources.memory",
                 pod=pod.name,
                 node=pod.node,
                 heard_at=observed.now,
@@ -189,6 +191,8 @@ def _reported(pod: PodView | None, member: Member, heard: Heard, said: Report) -
 
 
 def _from_exit(pod: PodView | None, member: Member, heard: Heard, end: Exit) -> Failure:
+    if end.memory is not None:
+        return _killed_for_memory(pod, member, heard, end, end.memory)
     if _is_echo(end):
         failure_class, reason = FailureClass.ECHO, "CollectiveFailed"
     elif end.signal is not None:
@@ -214,6 +218,30 @@ def _from_exit(pod: PodView | None, member: Member, heard: Heard, end: Exit) -> 
         exit_code=end.exit_code,
         signal=end.signal,
     )
+
+
+def _killed_for_memory(pod: PodView | None, member: Member, heard: Heard, end: Exit, memory: Memory) -> Failure:
+    peak = "" if memory.peak_bytes is None else f"; its peak was {_gibibytes(memory.peak_bytes)}"
+    limit = "" if memory.limit_bytes is None else _of(_gibibytes(memory.limit_bytes))
+    return Failure(
+        failure_class=FailureClass.MEMORY,
+        reason="OutOfMemory",
+        message=f"rank {end.rank} was killed at the memory limit of pod {member.pod}{limit}{peak}; raise workers.resources.memory",
+        pod=member.pod,
+        node=pod.node if pod else "",
+        heard_at=heard.since,
+        rank=end.rank,
+        exit_code=end.exit_code,
+        signal=end.signal,
+    )
+
+
+def _of(quantity: str) -> str:
+    return f" of {quantity}" if quantity else ""
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
 
 
 def _is_echo(end: Exit) -> bool:
