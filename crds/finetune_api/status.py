@@ -241,6 +241,36 @@ class Attempt(StatusModel):
     """Why it could not start from the newest checkpoint, if so."""
 
 
+class LostSeconds(StatusModel):
+    """Where the time went that did not count."""
+
+    startup: float = Field(default=0.0, ge=0)
+    """Until the job trained for the first time."""
+    recovery: float = Field(default=0.0, ge=0)
+    """From the last progress of an incarnation of the gang until the next one trained."""
+    recomputation: float = Field(default=0.0, ge=0)
+    """For steps that had to be done again."""
+    checkpoint: float = Field(default=0.0, ge=0)
+    """While training stood still for saves."""
+
+
+class Goodput(StatusModel):
+    """How much of the job's time, from its first start on and without what it was suspended, went into training that counts."""
+
+    percent: float = Field(default=0.0, ge=0, le=100)
+    """Share of the time that counts."""
+    productive_seconds: float = Field(default=0.0, ge=0)
+    """The time that counts."""
+    lost_seconds: LostSeconds = Field(default_factory=LostSeconds)
+    """The time that does not."""
+    until: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """Up to when time is accounted for; absent while the job is suspended."""
+    step_seconds: float | None = Field(default=None, ge=0)
+    """What a step took of late."""
+    stalled_seconds: float = Field(default=0.0, ge=0)
+    """For how long the newest incarnation has stood still for saves."""
+
+
 class ModelResult(StatusModel):
     """The result."""
 
@@ -277,5 +307,7 @@ class JobStatus(StatusModel):
     """How often the gang was started again."""
     attempts: list[Attempt] = Field(default_factory=list, max_length=10)
     """The newest ended incarnations of the gang. Of a row that ended for want of the store or of permission, the first and the newest."""
+    goodput: Goodput | None = None
+    """How much of the time went into training that counts, and where the rest went; recipes only."""
     model: ModelResult | None = None
     """The result."""

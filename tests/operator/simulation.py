@@ -33,6 +33,7 @@ from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.api import JOBS, PODS
 from finetune_operator.kube_object import KubeObject
+from finetune_operator.plan.observation import instant
 from finetune_operator.plan.orders import order_for
 from finetune_operator.reconcile import Reconciler
 from tests.operator import kstatus
@@ -338,7 +339,16 @@ class Cluster:
             kinds = [condition["type"] for condition in status["conditions"]]
             assert kinds == [kind.value for kind in ConditionType]
             assert all(condition["reason"] and condition["message"] for condition in status["conditions"])
+            self._check_goodput(status)
             for entry in (status.get("restarts") or {}).get("byReason", ()):
                 assert entry["used"] <= self.job["spec"].get("recovery", {}).get("maxRestarts", 8)
+
+    def _check_goodput(self, status: KubeObject) -> None:
+        """No second is counted twice, and none is made up."""
+        goodput = status.get("goodput")
+        if goodput is not None:
+            counted = goodput["productiveSeconds"] + sum(goodput["lostSeconds"].values())
+            assert counted <= (self.now - instant(status["startTime"])).total_seconds() + 1.0
+            assert 0 <= goodput["percent"] <= 100
 
     job_uid = job_body()["metadata"]["uid"]

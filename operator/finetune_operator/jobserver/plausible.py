@@ -10,7 +10,7 @@ LARGEST = 2**53  # what JSON's readers agree on
 TEXT_LIMIT = 2048
 TIMES = ("commit_time", "saving_since", "failing_since")
 DURATIONS = (
-    *("stall_seconds", "commit_seconds", "recommended_interval_seconds"),
+    *("stall_seconds", "total_stall_seconds", "commit_seconds", "recommended_interval_seconds"),
     *("silent_seconds", "step_seconds", "busy_seconds"),
 )
 RFC_3339 = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?(Z|[+-][0-9]{2}:[0-9]{2})")
