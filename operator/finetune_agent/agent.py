@@ -400,7 +400,7 @@ class Agent:
             self._effects.append(Examine(self.record.started, dict(self._pids)))
 
     def _on_examined(self, event: Examined) -> None:
-        if self._is_news(event.generation) and self._is_silent:
+        if event.generation == self.record.started and self._is_silent:
             self._stalled = self._watch.suspect(event.findings, self._now)
 
     # What is known.

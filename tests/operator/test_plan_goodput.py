@@ -66,6 +66,19 @@ def test_every_second_of_a_life_is_accounted_for() -> None:
     assert story.status["completionTime"] == "2026-01-01T12:06:17Z"
 
 
+def test_what_has_to_be_done_again_is_counted_once() -> None:
+    story = started()
+    begins(story)
+    reaches(story, 100, seconds=100)
+    for _ in range(3):
+        fails(story, seconds=1)
+        begins(story, step=90)
+        reaches(story, 95, seconds=5)
+        reaches(story, 100, seconds=5)
+    assert story.status["goodput"]["lostSeconds"]["recomputation"] == 30.0
+    assert story.status["goodput"]["productiveSeconds"] == 100.0
+
+
 def test_looking_often_or_seldom_gives_the_same() -> None:
     sums = []
     for looks in (1, 11):

@@ -80,6 +80,7 @@ def test_pods_that_tell_of_no_heartbeats_have_no_say() -> None:
 
 def test_a_pod_that_has_succeeded_is_not_asked() -> None:
     story = Story().trains()
+    stalls(story, 1, doing=Doing.STOPPED)
     story.workers_succeed(1)
     stalls(story, 0)
     story.go()
