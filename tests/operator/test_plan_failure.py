@@ -133,6 +133,10 @@ CAUSES = {
         lambda s: (s.worker_ends(0, signal=6, message="free(): invalid pointer"), s.worker_ends(1, 1)),
         ("WorkerKilled", 0),
     ),
+    "a name of a collective library in a program's own error is no broken collective": (
+        lambda s: (s.worker_ends(0, 1, message="ValueError: no backend nccl"), s.wait(0.1), s.worker_ends(1, 1)),
+        ("WorkerFailed", 0),
+    ),
     "of broken collectives alone the first is told": (
         lambda s: (s.worker_ends(1, 1, message=GLOO), s.wait(0.1), s.worker_ends(0, signal=6, message=ABORT)),
         ("CollectiveFailed", 1),
@@ -389,6 +393,7 @@ def test_the_same_python_error_three_times_in_a_row_at_one_step_ends_the_job() -
 
 
 NOT_THE_SAME = {
+    "it never began to train": [(41, 1, "IndexError"), (None, 1, "OSError"), (None, 1, "OSError")],
     "it got further": [(41, 1, "IndexError"), (41, 1, "IndexError"), (42, 1, "IndexError")],
     "another end came between": [(41, 1, ""), (41, ExitCode.STALE, ""), (41, 1, ""), (41, 1, "")],
     "the agent died, which is no error of Python": [(41, None, ""), (41, None, ""), (41, None, "")],
@@ -396,11 +401,13 @@ NOT_THE_SAME = {
 
 
 @pytest.mark.parametrize("ends", NOT_THE_SAME.values(), ids=NOT_THE_SAME.keys())
-def test_it_is_not_the_same_again_when(ends: list[tuple[int, int | None, str]]) -> None:
+def test_it_is_not_the_same_again_when(ends: list[tuple[int | None, int | None, str]]) -> None:
     story = Story().trains()
     for step, code, message in ends:
         story.wait(100)
-        story.report(0, heartbeat=Heartbeat(Phase.TRAINING, step))
+        phase = Phase.INITIALIZING if step is None else Phase.TRAINING
+        for rank in (0, 1):
+            story.report(rank, heartbeat=Heartbeat(phase, step or 0))
         story.worker_ends(0, code, message=message, who=0 if code else -1)
         story.worker_ends(1, code, message=message, who=1 if code else -1)
         story.go()
@@ -417,19 +424,33 @@ def test_what_nobody_is_to_blame_for_does_not_interrupt_a_row() -> None:
     assert story.say().startswith("WorkerFailed: 3 times in a row without getting beyond step 41: ")
 
 
-def test_a_recipe_that_fails_before_its_first_step_does_so_at_one_step_and_of_a_script_nobody_knows() -> None:
-    for story, phase in ((Story(), "Failed"), (Story(base=SCRIPT), "Recovering")):
+def fails_before_the_first_step(story: Story, *, times: int, memory: bool = False) -> None:
+    story.go()
+    story.pods_start()
+    for _ in range(times):
         story.go()
-        story.pods_start()
-        for _ in range(3):
-            story.go()
-            story.wait(100)
-            for rank in (0, 1):
-                story.worker_ends(rank, 1, message="OSError: no such model")
-            story.go()
-            story.wait(300)
-        assert story.phase == phase, story.say()
-        assert story.job.status.attempts[-1].last_step is None
+        story.wait(100)
+        if memory:
+            story.change(0, containers=(OOM_NOW,))
+        story.worker_ends(0, None if memory else 1, message="OSError: no such host", who=-1 if memory else 0)
+        story.worker_ends(1, 1, message=GLOO if memory else "OSError: no such host")
+        story.go()
+        story.wait(300)
+    assert story.job.status.attempts[-1].last_step is None
+
+
+def test_what_fails_before_the_first_step_may_be_the_networks_and_is_tried_as_often_as_the_budget_allows() -> None:
+    story = Story("recovery: {maxRestarts: 4}")
+    fails_before_the_first_step(story, times=4)
+    assert story.phase == "Recovering"
+    fails_before_the_first_step(story, times=1)
+    assert story.say().startswith("RestartsExhausted")
+
+
+def test_memory_that_runs_out_before_the_first_step_of_a_recipe_does_so_again_and_of_a_script_nobody_knows() -> None:
+    for story, phase in ((Story(), "Failed"), (Story(base=SCRIPT), "Recovering")):
+        fails_before_the_first_step(story, times=2, memory=True)
+        assert (story.phase, story.attempts) == (phase, ["OutOfMemory"] * 2)
 
 
 def runs_out_of_memory(story: Story) -> None:

@@ -27,7 +27,9 @@ SETTLE_SECONDS = 1.0
 ECHO_SECONDS = 5.0
 # How gloo, NCCL, torch's stores and process groups name themselves when a peer is gone.
 _COLLECTIVE = re.compile(
-    r"\bgloo\b|nccl|\bc10d\b|TCPStore|ProcessGroup|Dist(Backend|Network|Store)Error", re.IGNORECASE
+    r"\bgloo(/|::| connect)|NCCL (error|operation|communicator|watchdog)|nccl\w+Error|\bc10d\b|TCPStore|ProcessGroup"
+    r"|Dist(Backend|Network|Store)Error",
+    re.IGNORECASE,
 )
 
 
@@ -37,12 +39,11 @@ class FailureClass(IntEnum):
     ECHO = 0  # a collective broke: hardly ever the cause
     ERROR = 1  # a Python error: the cause, or the echo of a peer's death
     SIGNAL = 2
-    HANG = 3  # never beside another (see hang)
-    KNOWN = 4  # the trainer said why
-    POD = 5  # the pod went away
-    MEMORY = 6
-    SAVED = 7  # asked to stop, and nothing is lost
-    TERMINAL = 8  # starting again cannot help
+    KNOWN = 3  # the trainer said why
+    POD = 4  # the pod went away
+    MEMORY = 5
+    SAVED = 6  # asked to stop, and nothing is lost
+    TERMINAL = 7  # starting again cannot help
 
 
 @dataclass(frozen=True, slots=True)

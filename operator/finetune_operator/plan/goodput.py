@@ -31,14 +31,14 @@ def account(observed: Observation, status: JobStatus, gang: Gang, said: Report) 
     return status.model_copy(update={"goodput": _trained(observed, known, before, status, said)})
 
 
-def stand_still(status: JobStatus) -> JobStatus:
+def pause(status: JobStatus) -> JobStatus:
     """Return ``status`` of a job at rest, whose time does not count until it starts again."""
     if status.goodput is None:
         return status
     return status.model_copy(update={"goodput": status.goodput.model_copy(update={"until": None})})
 
 
-def end(observed: Observation, status: JobStatus, *, succeeded: bool) -> JobStatus:
+def settle(observed: Observation, status: JobStatus, *, succeeded: bool) -> JobStatus:
     """Return ``status`` of a job that ends, with all of its time accounted for."""
     if status.goodput is None:
         return status

@@ -43,7 +43,7 @@ def _hang(observed: Observation, member: Member, stalled: Stalled) -> Failure:
         f"{stalled.silent_seconds:.0f} s, {_what_it_does(stalled)}; the stacks of all ranks are in the logs of their pods"
     )
     return Failure(
-        failure_class=FailureClass.HANG,
+        failure_class=FailureClass.KNOWN,
         reason="Hang",
         message=message,
         pod=member.pod,

@@ -15,7 +15,7 @@ from finetune_operator.plan.gang import (
     surplus_pods,
     with_members,
 )
-from finetune_operator.plan.goodput import end, stand_still
+from finetune_operator.plan.goodput import pause, settle
 from finetune_operator.plan.hang import find_hang
 from finetune_operator.plan.leaving import describe
 from finetune_operator.plan.observation import Observation, Plan, instant, is_final, timestamp, unset_gang
@@ -142,14 +142,14 @@ def _plan_suspended(observed: Observation, gang: Gang) -> Plan:
             gang = next_generation(observed, gang)  # their names are taken for as long as they are leaving
     else:
         situation = Situation(JobPhase.SUSPENDED, "Suspended", "spec.suspend is true; no pod is kept")
-        status = stand_still(after_a_generation(status, at_rest=True))
+        status = pause(after_a_generation(status, at_rest=True))
     status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
     return Plan(status, delete=tuple(pod for pod in alive if not pod.deleting))
 
 
 def _plan_end(observed: Observation, status: JobStatus, gang: Gang, situation: Situation) -> Plan:
     gang = gang.model_copy(update={"ready": 0})
-    status = end(observed, after_a_generation(status, at_rest=True), succeeded=situation.phase == JobPhase.SUCCEEDED)
+    status = settle(observed, after_a_generation(status, at_rest=True), succeeded=situation.phase == JobPhase.SUCCEEDED)
     status = status.model_copy(update={"completion_time": timestamp(observed.now), "gang": gang})
     spec = observed.job.spec
     return Plan(

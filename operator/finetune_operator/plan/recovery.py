@@ -156,15 +156,27 @@ def _exhausted(observed: Observation, status: JobStatus, failure: Failure) -> Pr
 def _comes_back(observed: Observation, status: JobStatus, failure: Failure) -> Problem | None:
     """Return the failure, if it has come back as often as it may without the job's getting any further."""
     times = TIMES_AT_ONE_STEP.get(failure.reason)
-    row = [attempt for attempt in status.attempts if attempt.reason not in NOBODYS_FAULT][-(times or 0) :]
-    if times is None or len(row) < times or not all(_is_of_its_own(attempt, failure) for attempt in row):
+    if times is None:
         return None
-    first, script = row[0], observed.job.spec.script
-    if any(_step(attempt) > _step(first) for attempt in row) or (first.last_step is None and script is not None):
-        return None  # a script need not tell where it is, and then nobody knows
-    where = "before the first step" if first.last_step is None else f"without getting beyond step {first.last_step}"
+    row = [attempt for attempt in status.attempts if attempt.reason not in NOBODYS_FAULT][-times:]
+    if len(row) < times or not all(_is_of_its_own(attempt, failure) for attempt in row) or _got_further(observed, row):
+        return None
+    first = row[0].last_step
+    where = "before the first step" if first is None else f"without getting beyond step {first}"
     said = f"{times} times in a row {where}: {failure.message}"
     return Problem(failure.reason, said + _how_to_continue(observed, status, failure))
+
+
+def _got_further(observed: Observation, row: Sequence[Attempt]) -> bool:
+    """Tell whether an attempt may have got beyond the first of its row.
+
+    One that has told of no step proves nothing: scripts need not, and what fails before the first step may be a network's. But a recipe
+    that runs out of memory there will do so again.
+    """
+    if any(attempt.last_step is None for attempt in row):
+        same = all(attempt.last_step is None for attempt in row) and row[0].reason == "OutOfMemory"
+        return not same or observed.job.spec.recipe is None
+    return any(_step(attempt) > _step(row[0]) for attempt in row)
 
 
 def _is_of_its_own(attempt: Attempt, failure: Failure) -> bool:
