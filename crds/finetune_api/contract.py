@@ -59,6 +59,8 @@ GENERATION = "FINETUNE_GENERATION"
 EXPECTED_WORLD_SIZE = "FINETUNE_WORLD_SIZE"  # the trainer refuses to start when WORLD_SIZE differs
 PROGRESS_SOCKET = "FINETUNE_PROGRESS_SOCKET"  # Unix datagram socket for finetune_api.protocol.Beat
 SAVE_NOW = "FINETUNE_SAVE_NOW"  # a path where a file appears when the workers get SIGTERM, for who cannot take signals
+# A folder. A worker that shows the stacks of its threads on SIGUSR1 makes a file RANK-PID there, to which it then appends them.
+STACKS_FOLDER = "FINETUNE_STACKS_FOLDER"
 # What a job's own environment may never set: the operator, the agent, torchrun or the administrator own these.
 RESERVED_ENVIRONMENT = (
     "LD_PRELOAD",

@@ -167,9 +167,11 @@ class Recovery(ApiModel):
     """How many failures to recover from before giving up."""
 
     max_restarts: int = Field(default=8, ge=0, le=10000)
-    """Restarts of the gang that failures may cause."""
+    """Restarts of the gang that failures of one kind may cause before the job gets any further."""
     window_seconds: int = Field(default=86400, ge=60, le=31536000)
     """Time over which they are counted."""
+    hang_seconds: int = Field(default=60, ge=0, le=86400)
+    """Silence of all training ranks that counts as a hang, unless five of their steps take longer; 0: never. Taken at the next start."""
 
 
 def _unchanged(name: str) -> Rule:

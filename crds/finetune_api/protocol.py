@@ -14,7 +14,7 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Dict, List, Optional, Type, TypeVar, Union
+from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar, Union
 
 PROTOCOL_VERSION = 1
 SERVED_VERSIONS = (1,)
@@ -51,6 +51,15 @@ class Phase(str, Enum):
     FINISHING = "Finishing"
 
 
+class Doing(str, Enum):
+    """What a worker that has fallen silent was found to be doing."""
+
+    STOPPED = "Stopped"  # nothing: its process does not run, or does not come back from the kernel
+    WORKING = "Working"  # something of its own
+    WAITING = "Waiting"  # waiting for its peers
+    UNKNOWN = "Unknown"  # it does not show its stacks
+
+
 class ResumeSource(str, Enum):
     """Where a generation took its state from."""
 
@@ -75,10 +84,48 @@ class BeatKind(str, Enum):
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a worker is. ``step`` counts finished optimizer steps."""
+    """Where a worker is. ``step`` counts finished optimizer steps.
+
+    ``busy_seconds`` is what the newest step took of this rank alone, without the time that it waited for its peers.
+    """
 
     phase: Phase
     step: int = 0
+    busy_seconds: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a rank is of late: medians of the newest steps, and of what each took of this rank alone."""
+
+    rank: int
+    step_seconds: float
+    busy_seconds: float
+
+
+@dataclass(frozen=True)
+class Stalled:
+    """All workers of a pod are silent for longer than what they do may take; this one is the likeliest to hold up the others.
+
+    ``silent_seconds`` count from its last heartbeat, which told ``phase`` and ``step``. ``place`` is where its main thread stands.
+    """
+
+    rank: int
+    phase: Phase
+    step: int
+    silent_seconds: float
+    doing: Doing = Doing.UNKNOWN
+    place: str = ""
+
+    @property
+    def innocence(self) -> Tuple[bool, int, int, float]:
+        """The rank with the least of it is the one that the others wait for.
+
+        Nobody stops their process in a collective by chance. Of those that run, whoever has done fewer steps did not come to where the
+        others are; at the same step it is who does not wait; then who was heard of first of all.
+        """
+        alibi = (Doing.STOPPED, Doing.WORKING, Doing.UNKNOWN, Doing.WAITING).index(self.doing)
+        return self.doing is not Doing.STOPPED, self.step, alibi, -self.silent_seconds
 
 
 @dataclass(frozen=True)
@@ -127,7 +174,8 @@ class Saves:
 
     ``saving_step`` is staged and on its way to storage since ``saving_since``; ``put_off`` counts the saves in a row that were due
     while no staging buffer was free. From ``failing_since`` on nothing could be committed, for ``reason`` (CamelCase) and ``message``.
-    ``stall_seconds`` is what training stood still for the newest save, ``commit_seconds`` how long after that it was committed.
+    ``stall_seconds`` is what training stood still for the newest save, ``total_stall_seconds`` for all of this generation,
+    ``commit_seconds`` how long after it the newest was committed.
     ``recommended_interval_seconds`` is what would lose least, by Young and Daly.
     """
 
@@ -140,6 +188,7 @@ class Saves:
     stall_seconds: Optional[float] = None
     commit_seconds: Optional[float] = None
     recommended_interval_seconds: Optional[float] = None
+    total_stall_seconds: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -164,10 +213,19 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a container may use, and the most that it has; None: not known."""
+
+    limit_bytes: Optional[int] = None
+    peak_bytes: Optional[int] = None
+
+
+@dataclass(frozen=True)
 class Exit:
     """The end of one worker (or of the launcher itself: ``rank`` -1).
 
-    ``exit_code`` is None when ``signal`` ended it. ``message`` is the error's last line, ``log_tail`` the last lines printed.
+    ``exit_code`` is None when ``signal`` ended it. ``message`` is the error's last line, ``log_tail`` the last lines printed. ``memory``
+    is set when the kernel ended it for want of memory.
     """
 
     generation: int
@@ -176,6 +234,7 @@ class Exit:
     signal: Optional[int] = None
     message: str = ""
     log_tail: str = ""
+    memory: Optional[Memory] = None
 
 
 @dataclass(frozen=True)
@@ -202,13 +261,16 @@ class Report:
     resumed: Optional[Resumed] = None
     model: Optional[Model] = None
     exits: List[Exit] = field(default_factory=list)
+    stalled: Optional[Stalled] = None
+    paces: List[Pace] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Order:
     """What one agent should be doing. The fields after ``generation`` matter for ``Run`` only.
 
-    ``rank`` is the node's rank among ``nodes``; workers get global ranks ``rank * processes_per_node + local rank``.
+    ``rank`` is the node's rank among ``nodes``; workers get global ranks ``rank * processes_per_node + local rank``. ``hang_seconds`` is
+    how long training workers may at least be silent; 0: for ever, whatever they do.
     """
 
     action: Action
@@ -220,6 +282,7 @@ class Order:
     master_port: int = 0
     grace_seconds: int = 0
     protocol: int = PROTOCOL_VERSION
+    hang_seconds: int = 60
 
 
 @dataclass(frozen=True)

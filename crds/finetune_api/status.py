@@ -25,7 +25,7 @@ class ConditionType(StrEnum):
     """The conditions of a job. Ready, Reconciling and Stalled follow kstatus.
 
     CheckpointsDelayed is True while nothing can be committed or a save that was due has to wait, CheckpointFallback from when a gang
-    could not start from the newest checkpoint until there is a newer one.
+    could not start from the newest checkpoint until there is a newer one, Straggler while one rank holds up the others without hanging.
     """
 
     READY = "Ready"
@@ -36,6 +36,7 @@ class ConditionType(StrEnum):
     FAILED = "Failed"
     CHECKPOINTS_DELAYED = "CheckpointsDelayed"
     CHECKPOINT_FALLBACK = "CheckpointFallback"
+    STRAGGLER = "Straggler"
 
 
 class Condition(StatusModel):
@@ -184,12 +185,18 @@ class JobResumed(StatusModel):
 
 
 class RestartReason(StatusModel):
-    """Restarts for one reason."""
+    """Restarts for one reason, and what they leave of its budget."""
 
     reason: str = Field(max_length=64)
     """Why."""
     count: int = Field(ge=0)
     """How many in all."""
+    used: int = Field(default=0, ge=0)
+    """How many of recovery.maxRestarts are used: in the present window, and since the job last got further."""
+    window_start: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """When the present window began; absent when such restarts use no budget."""
+    last_step: int | None = Field(default=None, ge=0)
+    """Optimizer steps done at the newest of them; a checkpoint of a later step makes the budget whole."""
 
 
 class Restarts(StatusModel):
@@ -197,14 +204,10 @@ class Restarts(StatusModel):
 
     total: int = Field(default=0, ge=0)
     """How often in all."""
-    used: int = Field(default=0, ge=0)
-    """How many of recovery.maxRestarts are used in the present window."""
-    window_start: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
-    """When the present window began."""
     by_reason: list[RestartReason] = Field(
         default_factory=list, max_length=32, json_schema_extra={"x-list-key": "reason"}
     )
-    """How often for each reason."""
+    """How often for each reason, and what is left of its budget."""
 
 
 class Attempt(StatusModel):
@@ -236,6 +239,36 @@ class Attempt(StatusModel):
     """How many of them had to be done again: known when a later incarnation has found where it starts."""
     fallback: str | None = Field(default=None, max_length=2048)
     """Why it could not start from the newest checkpoint, if so."""
+
+
+class LostSeconds(StatusModel):
+    """Where the time went that did not count."""
+
+    startup: float = Field(default=0.0, ge=0)
+    """Until the job trained for the first time."""
+    recovery: float = Field(default=0.0, ge=0)
+    """From the last progress of an incarnation of the gang until the next one trained."""
+    recomputation: float = Field(default=0.0, ge=0)
+    """For steps that had to be done again."""
+    checkpoint: float = Field(default=0.0, ge=0)
+    """While training stood still for saves."""
+
+
+class Goodput(StatusModel):
+    """How much of the job's time, from its first start on and without what it was suspended, went into training that counts."""
+
+    percent: float = Field(default=0.0, ge=0, le=100)
+    """Share of the time that counts."""
+    productive_seconds: float = Field(default=0.0, ge=0)
+    """The time that counts."""
+    lost_seconds: LostSeconds = Field(default_factory=LostSeconds)
+    """The time that does not."""
+    until: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """Up to when time is accounted for; absent while the job is suspended."""
+    step_seconds: float | None = Field(default=None, ge=0)
+    """What a step took of late."""
+    stalled_seconds: float = Field(default=0.0, ge=0)
+    """For how long the newest incarnation has stood still for saves."""
 
 
 class ModelResult(StatusModel):
@@ -274,5 +307,7 @@ class JobStatus(StatusModel):
     """How often the gang was started again."""
     attempts: list[Attempt] = Field(default_factory=list, max_length=10)
     """The newest ended incarnations of the gang. Of a row that ended for want of the store or of permission, the first and the newest."""
+    goodput: Goodput | None = None
+    """How much of the time went into training that counts, and where the rest went; recipes only."""
     model: ModelResult | None = None
     """The result."""

@@ -21,15 +21,18 @@ from typing import Any, Callable, Dict, List, Optional, Set
 
 from finetune_agent import __version__
 from finetune_agent.beats import Levels, WorkerEnded, WorkerStarted
+from finetune_agent.hang import Finding, Watch
 from finetune_agent.journal import Record
 from finetune_agent.launcher import LauncherEnd
 from finetune_api.contract import MESSAGE_LIMIT, ExitCode
-from finetune_api.protocol import Action, AgentState, Exit, Heartbeat, Order, Progress, Report, Saves
+from finetune_api.protocol import Action, AgentState, Exit, Heartbeat, Order, Progress, Report, Saves, Stalled
 
 LAUNCHER_RANK = -1
 ECHO_SECONDS = 2.0  # after a worker's bad end, for its peers to say how they end
 SETTLE_SECONDS = 1.0  # after the launcher's end, for records of workers that are under way
 TERMINATED = 143  # 128 + SIGTERM
+QUICK_TICK_SECONDS = 0.05
+SLOW_TICK_SECONDS = 1.0  # enough to notice silence
 
 
 class Stage(Enum):
@@ -76,6 +79,14 @@ class Terminate:
 
 
 @dataclass(frozen=True)
+class Examined:
+    """The silent workers of a generation were looked at."""
+
+    generation: int
+    findings: Dict[int, Finding]
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed."""
 
@@ -99,6 +110,14 @@ class Ask:
     """Ask these workers to save and end: the file of the contract's SAVE_NOW, and SIGTERM."""
 
     pids: List[int]
+
+
+@dataclass(frozen=True)
+class Examine:
+    """Have the stacks of silent workers (rank → pid) printed, and say what was found (``Examined``)."""
+
+    generation: int
+    pids: Dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -160,6 +179,9 @@ class Agent:
         self._heartbeat: Optional[Heartbeat] = None
         self._progress: Optional[Progress] = None
         self._saves: Optional[Saves] = None
+        self._watch = Watch((), hang_seconds=0, must_beat=False, now=0.0)
+        self._is_silent = False
+        self._stalled: Optional[Stalled] = None
         if record.state is AgentState.RUNNING:
             self._fail_forgotten(previous_end)
 
@@ -192,12 +214,16 @@ class Agent:
             resumed=self.record.resumed,
             model=self.record.model,
             exits=self.record.exits,
+            stalled=self._stalled,
+            paces=self._watch.paces(),
         )
 
     @property
-    def needs_ticks(self) -> bool:
-        """Tell whether time alone may change something."""
-        return self._stage in (Stage.STOPPING, Stage.FAILING, Stage.ENDING)
+    def tick_seconds(self) -> Optional[float]:
+        """In how many seconds time alone may change something; None when it cannot."""
+        if self._stage is Stage.RUNNING:
+            return SLOW_TICK_SECONDS
+        return None if self._stage is Stage.RESTING else QUICK_TICK_SECONDS
 
     # Orders.
 
@@ -281,6 +307,10 @@ class Agent:
         self._ranks = range(first, first + order.processes_per_node)
         self._pids, self._done = {}, set()
         self._heartbeat, self._progress, self._saves = None, None, None
+        self._watch = Watch(
+            self._ranks, hang_seconds=order.hang_seconds, must_beat=self._zero_means_done, now=self._now
+        )
+        self._is_silent, self._stalled = False, None
         self._stage = Stage.RUNNING
         self._effects.append(Start(order))
 
@@ -335,6 +365,8 @@ class Agent:
             self._effects.append(Kill())
         elif self._stage in (Stage.STOPPING, Stage.FAILING) and self._now >= self._deadline:
             self._conclude()
+        elif self._stage is Stage.RUNNING and not self._is_silent:
+            self._look_for_silence()
 
     def _conclude(self) -> None:
         """All that can be known of the generation's end is known."""
@@ -360,9 +392,23 @@ class Agent:
             silent = f"the launcher ended before {self._missing()} of its workers said how they did"
             self._add_exit(self._launcher_exit(launcher.message or silent, launcher.exit_code or None, launcher.signal))
 
+    # Silence.
+
+    def _look_for_silence(self) -> None:
+        if self._watch.are_silent(self._pids, self._now):
+            self._is_silent = True
+            self._effects.append(Examine(self.record.started, dict(self._pids)))
+
+    def _on_examined(self, event: Examined) -> None:
+        if event.generation == self.record.started and self._is_silent:
+            self._stalled = self._watch.suspect(event.findings, self._now)
+
     # What is known.
 
     def _on_levels(self, levels: Levels) -> None:
+        self._watch.hear(levels.pulses)
+        if self._is_silent and not self._watch.are_silent(self._pids, self._now):
+            self._is_silent, self._stalled = False, None
         self._heartbeat, self._progress, self._saves = levels.heartbeat, levels.progress, levels.saves
         self.record = replace(
             self.record,
@@ -410,6 +456,7 @@ HANDLERS: Dict[type, str] = {
     WorkerStarted: "_on_worker_started",
     WorkerEnded: "_on_worker_ended",
     LauncherEnded: "_on_launcher_ended",
+    Examined: "_on_examined",
     Tick: "_on_tick",
     Levels: "_on_levels",
 }

@@ -14,10 +14,12 @@ import select
 import socket
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Set, Tuple
 
+from finetune_agent.hang import Pulse
+from finetune_agent.memory import MemoryKills
 from finetune_api.contract import MESSAGE_LIMIT
 from finetune_api.protocol import (
     Beat,
@@ -41,7 +43,7 @@ BEATS_BEFORE_RECORD = 1000
 
 @dataclass(frozen=True)
 class Levels:
-    """The newest of each kind that workers told."""
+    """The newest of each kind that workers told, and the newest heartbeat of each of them."""
 
     heartbeat: Optional[Heartbeat] = None
     progress: Optional[Progress] = None
@@ -50,6 +52,7 @@ class Levels:
     saves: Optional[Saves] = None
     resumed: Optional[Resumed] = None
     model: Optional[Model] = None
+    pulses: Dict[int, Pulse] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,9 @@ class Board:
             self.ignored += 1
         elif beat.failure is not None:
             self._failures[beat.rank] = beat.failure
+        elif beat.heartbeat is not None:
+            pulses = {**self._levels.pulses, beat.rank: Pulse(beat.heartbeat, time.monotonic())}
+            self.put(beat.generation, heartbeat=beat.heartbeat, pulses=pulses)
         else:
             self.put(beat.generation, **{beat.kind.value: shortened(getattr(beat, beat.kind.value))})
 
@@ -155,6 +161,7 @@ class Listener:
         self._emit = emit
         self._seen: Set[Tuple[int, int, bool]] = set()
         self._pace = Pace(BEATS_PER_SECOND)
+        self.memory_kills = MemoryKills()
         self.progress_path = str(folder / "progress.sock")
         self.exits_path = str(folder / "exits.sock")
         self._beats = bind(self.progress_path)
@@ -198,7 +205,7 @@ class Listener:
         self._seen = {seen for seen in self._seen if seen[0] == end.generation} | {key}
         if isinstance(pid, int):
             return WorkerStarted(end.generation, end.rank, pid)
-        return WorkerEnded(self._board.merged(end))
+        return WorkerEnded(self.memory_kills.blamed(self._board.merged(end)))
 
 
 class Pace:

@@ -27,6 +27,7 @@ class Endpoints:
     """Where workers reach their agent, and it them."""
 
     save_now: str
+    stacks_folder: str
     progress_socket: str
     exits_socket: str
     kubeflow_url: str
@@ -60,6 +61,7 @@ def worker_environment(
             contract.GENERATION: str(order.generation),
             contract.EXPECTED_WORLD_SIZE: str(order.nodes * order.processes_per_node),
             contract.SAVE_NOW: endpoints.save_now,
+            contract.STACKS_FOLDER: endpoints.stacks_folder,
             contract.PROGRESS_SOCKET: endpoints.progress_socket,
             contract.JOB_FILE_VARIABLE: job_file,
             contract.RECIPE_FILE_VARIABLE: recipe_file,

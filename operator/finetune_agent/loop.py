@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, List, Optional
 
-from finetune_agent import environment, ports, processes
+from finetune_agent import environment, ports, processes, stacks
 from finetune_agent.agent import (
     Agent,
     Ask,
+    Examine,
+    Examined,
     Gone,
     Identity,
     Kill,
@@ -46,9 +48,9 @@ from finetune_api.contract import MESSAGE_LIMIT
 from finetune_api.protocol import AgentState, Order
 
 BUG = 70  # sysexits' EX_SOFTWARE; no verdict, so the stub starts another agent
-TICK_SECONDS = 0.05
 KILL_SECONDS = 0.5  # for one try; the next comes with the next tick
 SAVE_NOW_FILE = "save-now"  # in the folder of a generation
+STACKS_FOLDER = "stacks"  # there too
 FLUSH_SECONDS = 3.0  # for the last report, once the container's end is decided
 
 
@@ -108,7 +110,7 @@ class Loop:
 
     def _next_event(self) -> Any:
         try:
-            event = self._events.get(timeout=TICK_SECONDS if self._agent.needs_ticks else None)
+            event = self._events.get(timeout=self._agent.tick_seconds)
         except queue.Empty:
             return Tick()
         return self._board.take() if isinstance(event, LevelsChanged) else event
@@ -140,6 +142,8 @@ class Loop:
             return self._start(effect.order)
         if isinstance(effect, Ask):
             return self._ask(effect)
+        if isinstance(effect, Examine):
+            return self._examine(effect)
         assert isinstance(effect, Kill)
         spare = (os.getpid(),)
         return (
@@ -154,6 +158,16 @@ class Loop:
             say("workers that cannot take signals are not told to save: " + str(error))
         for pid in effect.pids:
             processes.send_signal(pid, signal.SIGTERM)
+
+    def _examine(self, effect: Examine) -> None:
+        """In a thread: the answers take a while, and an order must not wait for them."""
+        folder = self._save_now.parent / STACKS_FOLDER
+
+        def examine() -> None:
+            self._events.put(Examined(effect.generation, stacks.examine(folder, effect.pids)))
+
+        say("all workers of generation " + str(effect.generation) + " are silent; their stacks follow")
+        guard("stacks", examine, ends=True)
 
     def _persist(self, effect: Persist) -> Any:
         try:
@@ -180,8 +194,10 @@ class Loop:
         self._save_now = folder / SAVE_NOW_FILE
         first = order.rank * order.processes_per_node
         self._board.begin(order.generation, range(first, first + order.processes_per_node))
+        self._listener.memory_kills.begin()
         endpoints = environment.Endpoints(
             save_now=str(self._save_now),
+            stacks_folder=str(folder / STACKS_FOLDER),
             progress_socket=self._listener.progress_path,
             exits_socket=self._listener.exits_path,
             kubeflow_url=self._kubeflow.url,
@@ -204,6 +220,7 @@ class Loop:
             shutil.rmtree(str(old), ignore_errors=True)
         folder = self._settings.folder / ("g" + str(generation))
         folder.mkdir(mode=0o700)
+        (folder / STACKS_FOLDER).mkdir()
         return folder
 
     def _await_end(self, generation: int, running: Running) -> None:

@@ -273,7 +273,7 @@ class Reporter:
 
 def facts(report: Report) -> Report:
     """Return the part of a report that may not wait."""
-    return replace(report, heartbeat=None, progress=None, saves=None)
+    return replace(report, heartbeat=None, progress=None, saves=None, paces=[])
 
 
 def fit(report: Report) -> bytes:

@@ -1,7 +1,7 @@
 """One status write, only if something differs, always against the version that it was computed from.
 
 Progress alone is written at most every ``progress_seconds`` for a job and ``PROGRESS_WRITES_PER_SECOND`` times a second in all: etcd keeps
-every version of an object. So is how saving goes, and where a generation started, with what those before it have lost by that. Whatever
+every version of an object. So is how saving goes, where a generation started, with what those before it have lost by that, and goodput. Whatever
 else changes is written at once, and takes the newest of these along.
 """
 
@@ -16,7 +16,7 @@ from finetune_operator.merge_patch import merge_patch
 
 PROGRESS_WRITES_PER_SECOND = 20.0
 # An attempt is added beside a new generation or the job's end, which are written at once: alone, only its lost steps are new.
-CAN_WAIT = frozenset({"progress", "saves", "resumed", "attempts"})
+CAN_WAIT = frozenset({"progress", "saves", "resumed", "attempts", "goodput"})
 
 
 class StatusWriter:

@@ -46,6 +46,7 @@ class PodView:
     scheduled: bool = False
     unschedulable: str = ""
     disruption: str = ""
+    memory_limit: str = ""  # of its trainer
     containers: tuple[ContainerView, ...] = ()
     resource_version: str = ""
 
@@ -89,12 +90,20 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
         scheduled=scheduled.get("status") == "True",
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
         disruption=conditions.get("DisruptionTarget", {}).get("reason", ""),
+        memory_limit=_memory_limit(spec),
         containers=(
             *(_container(item, is_init=True) for item in status.get("initContainerStatuses", ())),
             *(_container(item, is_init=False) for item in status.get("containerStatuses", ())),
         ),
         resource_version=metadata.get("resourceVersion", ""),
     )
+
+
+def _memory_limit(spec: Mapping[str, Any]) -> str:
+    for item in spec.get("containers", ()):
+        if item["name"] == contract.TRAINER_CONTAINER:
+            return str(item.get("resources", {}).get("limits", {}).get("memory", ""))
+    return ""
 
 
 def _container(item: Mapping[str, Any], *, is_init: bool) -> ContainerView:

@@ -91,12 +91,19 @@ class Pod:
         return json.loads((self.folder / "termination-log").read_text())
 
     async def run(
-        self, generation: int, *, rank: int = 0, nodes: int = 1, workers: int = 1, master: "Pod | None" = None
+        self,
+        generation: int,
+        *,
+        rank: int = 0,
+        nodes: int = 1,
+        workers: int = 1,
+        master: "Pod | None" = None,
+        hang_seconds: int = 60,
     ) -> None:
         """Order a generation, as the operator would."""
         host = (master or self).report
         assert host is not None
-        order = Order(Action.RUN, generation, rank, nodes, workers, host.address, host.port)
+        order = Order(Action.RUN, generation, rank, nodes, workers, host.address, host.port, hang_seconds=hang_seconds)
         await self.server.order(self.uid, order)
 
     def remove(self) -> None:

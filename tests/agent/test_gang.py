@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune_api.contract import ExitCode
-from finetune_api.protocol import Action, AgentState, Order
+from finetune_api.protocol import Action, AgentState, Doing, Order
 from tests.agent.pod import Pod, is_alive
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -25,9 +25,9 @@ async def gang(server, make_pod):
     return pods
 
 
-async def run(gang: list[Pod], generation: int) -> None:
+async def run(gang: list[Pod], generation: int, *, hang_seconds: int = 60) -> None:
     for rank, pod in enumerate(gang):
-        await pod.run(generation, rank=rank, nodes=2, master=gang[0])
+        await pod.run(generation, rank=rank, nodes=2, master=gang[0], hang_seconds=hang_seconds)
     await gang[0].server.until(
         lambda: all(
             p.report.generation == generation and p.report.heartbeat and p.report.heartbeat.step > 2 for p in gang
@@ -78,3 +78,23 @@ async def test_one_pods_sigterm_has_all_ranks_save_and_its_container_say_so(serv
     assert gang[1].report.state is AgentState.STOPPED
     assert [end.exit_code for end in gang[1].report.exits] == [ExitCode.SAVED]
     assert not any(is_alive(pid) for pid in workers)
+
+
+@pytest.mark.parametrize(("how", "doing"), [("stopped", Doing.STOPPED), ("asleep in its data", Doing.WORKING)])
+async def test_of_a_gang_that_hangs_the_rank_that_the_others_wait_for_is_told_apart(server, gang, how, doing):
+    await run(gang, 1, hang_seconds=2)
+    if how == "stopped":
+        os.kill(await gang[0].pid_of(1, 1), signal.SIGSTOP)
+    else:
+        (gang[0].folder / "hang-1-1").touch()
+    hung = time.monotonic()
+    await server.until(lambda: all(pod.report.stalled for pod in gang))
+    print(f"MEASURED hang to both pods stalled: {time.monotonic() - hung:.2f} s")
+    waiting, culprit = (pod.report.stalled for pod in gang)
+    assert (waiting.rank, waiting.doing) == (0, Doing.WAITING), waiting
+    assert "distributed_c10d" in waiting.place
+    assert (culprit.rank, culprit.doing) == (1, doing), culprit
+    assert culprit.innocence < waiting.innocence
+    await run(gang, 2)
+    (gang[0].folder / "finish").touch()
+    await server.until(lambda: all(pod.report.state is AgentState.SUCCEEDED for pod in gang))

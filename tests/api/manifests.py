@@ -68,7 +68,7 @@ def recipe_job(name: str = "sentiment") -> Json:
                 "profile": "default",
             },
             "suspend": True,  # so that no operator takes up the jobs of these tests
-            "recovery": {"maxRestarts": 8, "windowSeconds": 86400},
+            "recovery": {"maxRestarts": 8, "windowSeconds": 86400, "hangSeconds": 60},
         },
     )
 

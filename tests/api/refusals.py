@@ -385,6 +385,7 @@ WRONG: tuple[Wrong, ...] = (
     Wrong("a negative time to live of pods", {"spec.podTTLSecondsAfterFinished": -1}, "spec.podTTLSecondsAfterFinished", ("greater than or equal to 0",)),
     Wrong("a negative number of restarts", {"spec.recovery.maxRestarts": -1}, "spec.recovery.maxRestarts", ("greater than or equal to 0",)),
     Wrong("a window of a second", {"spec.recovery.windowSeconds": 1}, "spec.recovery.windowSeconds", ("greater than or equal to 60",)),
+    Wrong("a silence of less than nothing", {"spec.recovery.hangSeconds": -1}, "spec.recovery.hangSeconds", ("greater than or equal to 0",)),
     # The object itself
     name("a name of 41 characters", "a" * 41),
     name("a name with a dot", "team.sentiment"),

@@ -160,7 +160,12 @@ rests = optional(
     activeDeadlineSeconds=st.integers(1, 315360000),
     podTTLSecondsAfterFinished=st.integers(0, 31536000),
     ttlSecondsAfterFinished=st.integers(0, 315360000),
-    recovery=optional({}, maxRestarts=st.integers(0, 10000), windowSeconds=st.integers(60, 31536000)),
+    recovery=optional(
+        {},
+        maxRestarts=st.integers(0, 10000),
+        windowSeconds=st.integers(60, 31536000),
+        hangSeconds=st.integers(0, 86400),
+    ),
 )
 
 

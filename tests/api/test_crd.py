@@ -97,7 +97,7 @@ def test_the_api_server_fills_in_the_defaults(api: ApiServer) -> None:
             "profile": "default",
         },
         "suspend": False,
-        "recovery": {"maxRestarts": 8, "windowSeconds": 86400},
+        "recovery": {"maxRestarts": 8, "windowSeconds": 86400, "hangSeconds": 60},
     }
 
 

@@ -98,6 +98,11 @@ class Job:
         return f"{describe}\n{pods}\n{logs}\n--- operator\n{operator_log(self.cluster)[-4000:]}"
 
 
+def restarts_used(status: Mapping[str, Any]) -> int:
+    """Return how many restarts are used of all budgets together."""
+    return sum(entry["used"] for entry in status.get("restarts", {}).get("byReason", ()))
+
+
 def submit(cluster: Cluster, namespace: str, name: str, spec: Mapping[str, Any]) -> Job:
     """Create a job."""
     manifest = {

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.jobs import Job, submit
+from tests.cluster.jobs import Job, restarts_used, submit
 from tests.cluster.training_inputs import BUCKET, SECRET, make_secret, put_data, recipe_spec, upload_model
 from tests.trainer.sentences import rated_sentences
 from tests.trainer.tiny_models import POISON, save_bert
@@ -93,7 +93,7 @@ def test_wrong_credentials_hold_the_job_until_they_are_right(operator: Cluster, 
         job = submit(operator, namespace, "forbidden", recipe_spec(operator))
         job.wait("it is told", lambda _: job.condition("Stalled").get("reason") == "NoPermission")
         assert "refused access" in job.condition("Stalled")["message"]
-        assert job.status().get("restarts", {}).get("used", 0) == 0
+        assert restarts_used(job.status()) == 0
     finally:
         make_secret(operator, namespace)
     job.wait_for_phase("Succeeded", 300)
@@ -112,5 +112,5 @@ def test_a_sample_that_makes_no_number_is_left_out(operator: Cluster, namespace:
     assert attempt["reason"] == "RolledBack"
     assert re.search(r"going back to step \d+ and leaving out samples", attempt["message"])
     assert (done["resumed"]["rollbacks"], done["resumed"]["skippedSamples"]) == (1, 16)
-    assert done["restarts"]["used"] == 0, "what the job mends by itself uses no restart"
+    assert restarts_used(done) == 0, "what the job mends by itself uses no restart"
     job.delete()

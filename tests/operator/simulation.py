@@ -16,6 +16,7 @@ from finetune_api.protocol import (
     Action,
     AgentState,
     Checkpoint,
+    Doing,
     Exit,
     Heartbeat,
     Order,
@@ -25,14 +26,17 @@ from finetune_api.protocol import (
     Resumed,
     ResumeSource,
     Saves,
+    Stalled,
 )
 from finetune_api.status import ConditionType
 from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.api import JOBS, PODS
 from finetune_operator.kube_object import KubeObject
+from finetune_operator.plan.observation import instant
 from finetune_operator.plan.orders import order_for
 from finetune_operator.reconcile import Reconciler
+from tests.operator import kstatus
 from tests.operator.documents import NOON, job_body, settings
 from tests.operator.fake_api import FakeKubeApi
 
@@ -56,6 +60,7 @@ class SimulatedAgent:
     checkpoint: Checkpoint | None = None
     saves_now: Saves | None = None
     resumed: Resumed | None = None
+    stalled: Stalled | None = None
 
     def report(self) -> Report:
         running = self.state == AgentState.RUNNING
@@ -73,6 +78,7 @@ class SimulatedAgent:
             saves=self.saves_now,
             resumed=self.resumed,
             exits=list(self.exits),
+            stalled=self.stalled if running else None,
         )
 
     def obey(self, order: Order) -> bool:
@@ -87,7 +93,7 @@ class SimulatedAgent:
             self.state = AgentState.STOPPED
         if order.action == Action.RUN and order.generation > self.started and not self.leaving:
             self.started, self.rank, self.state, self.exits = order.generation, order.rank, AgentState.RUNNING, []
-            self.saves_now = None
+            self.saves_now = self.stalled = None
             self.resumed = Resumed(self.started - 1, ResumeSource.STORAGE) if self.rank == 0 else None
             return True
         return False
@@ -96,6 +102,11 @@ class SimulatedAgent:
         if self.state == AgentState.RUNNING:
             self.state = AgentState.FAILED
             self.exits = [Exit(self.started, self.rank, exit_code, signal, message)]
+
+    def hangs(self, doing: Doing) -> None:
+        """All its workers are silent for too long."""
+        if self.state == AgentState.RUNNING:
+            self.stalled = Stalled(self.rank, Phase.TRAINING, self.started, 61.0, doing)
 
     def saves(self) -> None:
         """The workers leave after a save that all ranks have agreed on, for one pod was asked to go."""
@@ -324,10 +335,20 @@ class Cluster:
         assert len(places) == len(set(places)), "one pod for each place and generation"
         status = self.status
         if status:
+            kstatus.check(self.job)
             kinds = [condition["type"] for condition in status["conditions"]]
             assert kinds == [kind.value for kind in ConditionType]
             assert all(condition["reason"] and condition["message"] for condition in status["conditions"])
-            used = (status.get("restarts") or {}).get("used", 0)
-            assert used <= self.job["spec"].get("recovery", {}).get("maxRestarts", 8)
+            self._check_goodput(status)
+            for entry in (status.get("restarts") or {}).get("byReason", ()):
+                assert entry["used"] <= self.job["spec"].get("recovery", {}).get("maxRestarts", 8)
+
+    def _check_goodput(self, status: KubeObject) -> None:
+        """No second is counted twice, and none is made up."""
+        goodput = status.get("goodput")
+        if goodput is not None:
+            counted = goodput["productiveSeconds"] + sum(goodput["lostSeconds"].values())
+            assert counted <= (self.now - instant(status["startTime"])).total_seconds() + 1.0
+            assert 0 <= goodput["percent"] <= 100
 
     job_uid = job_body()["metadata"]["uid"]

@@ -41,11 +41,10 @@ async def live(cluster: Cluster) -> list[str]:
         status = cluster.status
         conditions = sorted(c["type"] for c in status.get("conditions", ()) if c["status"] == "True")
         attempts = [(attempt["generation"], attempt["reason"]) for attempt in status.get("attempts", ())]
+        restarts = {entry["reason"]: entry["used"] for entry in status.get("restarts", {}).get("byReason", ())}
         pods = sorted(pod["metadata"]["name"] for pod in cluster.pods())
         others = sorted(f"{plural}/{name}" for plural, _, name in cluster.api.objects if plural != "pods")
-        seen.append(
-            f"{cluster.phase} {cluster.generation} {conditions} {attempts} {status.get('restarts')} {pods} {others}"
-        )
+        seen.append(f"{cluster.phase} {cluster.generation} {conditions} {attempts} {restarts} {pods} {others}")
 
     await scene()
     uid = status_members(cluster)[1]

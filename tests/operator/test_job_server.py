@@ -201,6 +201,7 @@ def to_wire_order(**members: Any) -> dict[str, Any]:
         "masterPort": 0,
         "graceSeconds": 0,
         "protocol": 1,
+        "hangSeconds": 60,
     }
     return base | members
 

@@ -177,7 +177,8 @@ def test_nothing_is_delayed_once_a_job(end) -> None:
 def ends_at(story: Story, step: int, *, initializing: bool = False) -> None:
     """The gang dies at a step, and its pods start the next generation."""
     phase = Phase.INITIALIZING if initializing else Phase.TRAINING
-    story.report(0, heartbeat=Heartbeat(phase, step))
+    for rank in (0, 1):
+        story.report(rank, heartbeat=Heartbeat(phase, step))
     story.wait(100)
     story.worker_ends(1, signal=11)
     story.go()

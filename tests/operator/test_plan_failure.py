@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from finetune_api.contract import ExitCode
-from finetune_api.protocol import AgentState, Exit
+from finetune_api.protocol import AgentState, Checkpoint, Exit, Heartbeat, Memory, Phase
 from finetune_operator.plan.observation import NewPod
+from tests.operator.documents import SCRIPT
 from tests.operator.story import RUNNING, Story, document
 
 OOM_NOW = replace(RUNNING, last_exit_code=137, last_exit_reason="OOMKilled", restart_count=1)
@@ -35,9 +36,7 @@ def test_a_worker_that_fails_ends_its_generation_and_the_same_pods_start_the_nex
         members: [{rank: 0, pod: sentiment-aaaaa-0-1, uid: pod-1}, {rank: 1, pod: sentiment-aaaaa-1-1, uid: pod-2}]
       restarts:
         total: 1
-        used: 1
-        windowStart: "2026-01-01T12:01:40Z"
-        byReason: [{reason: WorkerFailed, count: 1}]
+        byReason: [{reason: WorkerFailed, count: 1, used: 1, windowStart: "2026-01-01T12:01:40Z", lastStep: 1}]
       attempts:
       - generation: 1
         startTime: "2026-01-01T12:00:00Z"
@@ -78,6 +77,37 @@ def test_a_lone_python_error_is_believed_after_a_second() -> None:
     assert (story.generation, story.attempts) == (2, ["WorkerFailed"])
 
 
+ABORT = "terminate called after throwing an instance of 'c10::DistBackendError'"
+GLOO = "RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"
+
+
+def test_a_broken_collective_alone_is_believed_when_its_peer_has_said_nothing_for_five_seconds() -> None:
+    story = Story().trains()
+    story.worker_ends(0, 1, message=GLOO)
+    assert story.go().look_again_seconds == 5.0
+    story.wait(4.9)
+    story.go()
+    assert story.generation == 1
+    story.change(1, phase="Failed", reason="Evicted")
+    story.go()
+    assert story.attempts == ["PodFailed"], "the kubelet was slower than the peer"
+    story = Story().trains()
+    story.worker_ends(0, 1, message=GLOO)
+    story.wait(5.0)
+    story.go()
+    assert story.attempts == ["CollectiveFailed"]
+
+
+def test_on_one_node_too_the_echo_waits_for_its_cause() -> None:
+    story = Story("workers: {processesPerNode: 2}", nodes=1).trains()
+    echo = Exit(1, 0, None, 6, "", "[rank0] ... ProcessGroupNCCL's watchdog got stuck")
+    story.report(0, generation=1, state=AgentState.FAILED, exits=[echo])
+    assert story.go().look_again_seconds == 5.0
+    story.report(0, exits=[echo, Exit(1, 1, 1, None, "ValueError: no")])
+    story.go()
+    assert [(attempt.reason, attempt.rank) for attempt in story.job.status.attempts] == [("WorkerFailed", 1)]
+
+
 CAUSES = {
     "a Python error heard first is the cause of one heard later": (
         lambda s: (s.worker_ends(1, 1), s.wait(0.1), s.worker_ends(0, 1)),
@@ -90,6 +120,26 @@ CAUSES = {
     "what the trainer says is the cause of a signal": (
         lambda s: (s.worker_ends(1, signal=6), s.worker_ends(0, ExitCode.STALE)),
         ("Stale", 0),
+    ),
+    "an abort over a broken collective is the echo of a Python error heard after it": (
+        lambda s: (s.worker_ends(0, signal=6, message=ABORT), s.wait(0.1), s.worker_ends(1, 1, message="ValueError")),
+        ("WorkerFailed", 1),
+    ),
+    "an exception over one too": (
+        lambda s: (s.worker_ends(0, 1, message=GLOO), s.wait(0.1), s.worker_ends(1, 1, message="ValueError")),
+        ("WorkerFailed", 1),
+    ),
+    "an abort for any other reason is the cause of a Python error": (
+        lambda s: (s.worker_ends(0, signal=6, message="free(): invalid pointer"), s.worker_ends(1, 1)),
+        ("WorkerKilled", 0),
+    ),
+    "a name of a collective library in a program's own error is no broken collective": (
+        lambda s: (s.worker_ends(0, 1, message="ValueError: no backend nccl"), s.wait(0.1), s.worker_ends(1, 1)),
+        ("WorkerFailed", 0),
+    ),
+    "of broken collectives alone the first is told": (
+        lambda s: (s.worker_ends(1, 1, message=GLOO), s.wait(0.1), s.worker_ends(0, signal=6, message=ABORT)),
+        ("CollectiveFailed", 1),
     ),
     "a wrong world size is told by its name": (lambda s: s.worker_ends(0, ExitCode.WRONG_WORLD), ("WrongWorldSize", 0)),
     "a stale incarnation is told by its name": (lambda s: s.worker_ends(0, ExitCode.STALE), ("Stale", 0)),
@@ -226,26 +276,76 @@ def test_a_generation_is_minted_above_any_that_an_agent_has_started() -> None:
     assert story.generation == 8
 
 
-def test_restarts_are_counted_by_reason_and_exhausting_them_fails_the_job() -> None:
-    story = Story("recovery: {maxRestarts: 2}").trains()
+def test_restarts_are_counted_by_reason_and_each_reason_has_a_budget_of_its_own() -> None:
+    story = Story("recovery: {maxRestarts: 1}").trains()
     for fault in (lambda: story.worker_ends(0, signal=11), lambda: story.vanish(1)):
         story.wait(100)
         fault()
         story.go()
         story.wait(1)
         story.recovers()
-    assert story.status["restarts"]["byReason"] == [
-        {"reason": "PodDeleted", "count": 1},
-        {"reason": "WorkerKilled", "count": 1},
-    ]
-    story.worker_ends(0, ExitCode.STALE, message="generation 9 owns the prefix")
+    assert story.status["restarts"] == document("""
+      total: 2
+      byReason:
+      - {reason: PodDeleted, count: 1, used: 1, windowStart: "2026-01-01T12:03:21Z", lastStep: 1}
+      - {reason: WorkerKilled, count: 1, used: 1, windowStart: "2026-01-01T12:01:41Z", lastStep: 1}
+    """)
+    story.worker_ends(0, signal=11)
+    story.worker_ends(1, 1)
     plan = story.go()
     assert plan.create == ()
     assert (story.phase, story.restarts, story.holds) == ("Failed", 2, {"Failed", "Stalled"})
     assert story.say() == (
-        "RestartsExhausted: gave up after 2 restarts (recovery.maxRestarts); last: Stale: generation 9 owns the prefix"
+        "RestartsExhausted: gave up after 1 restarts for WorkerKilled without getting further (recovery.maxRestarts); "
+        "last: rank 0 ended by signal SIGSEGV"
     )
-    assert story.attempts == ["WorkerKilled", "PodDeleted", "Stale"]
+    assert story.attempts == ["WorkerKilled", "PodDeleted", "WorkerKilled"]
+
+
+def fails(story: Story, *, step: int, code: int = ExitCode.STALE) -> None:
+    """Rank 0 fails after ``step`` steps."""
+    story.wait(100)
+    story.report(0, heartbeat=Heartbeat(Phase.TRAINING, step))
+    story.worker_ends(0, code)
+    story.worker_ends(1, code)
+    story.go()
+
+
+def commits(story: Story, step: int) -> None:
+    story.report(0, checkpoint=Checkpoint(step, "s3://b/p", 1, "2026-01-01T00:00:00Z"))
+    story.go()
+
+
+def test_a_checkpoint_of_a_later_step_makes_a_budget_whole() -> None:
+    story = Story("recovery: {maxRestarts: 1}").trains()
+    for step in (120, 170, 220):
+        commits(story, step - 20)
+        fails(story, step=step)
+        assert story.status["restarts"]["byReason"][0]["used"] == 1
+        story.recovers()
+    assert story.restarts == 3
+    commits(story, 220)
+    fails(story, step=230)
+    assert story.say().startswith("RestartsExhausted"), (
+        "220 was done before; it is no later step than the last failure's"
+    )
+
+
+def test_no_budget_is_made_whole_by_what_was_there_before_the_failure() -> None:
+    story = Story("recovery: {maxRestarts: 2}").trains()
+    commits(story, 100)
+    for _ in range(3):
+        fails(story, step=120)
+        if story.phase != "Failed":
+            story.recovers()
+    assert story.say().startswith("RestartsExhausted")
+
+
+def test_without_restarts_there_is_none_however_far_the_job_got() -> None:
+    story = Story("recovery: {maxRestarts: 0}").trains()
+    commits(story, 100)
+    fails(story, step=120)
+    assert story.say().startswith("RestartsExhausted")
 
 
 def test_the_budget_is_whole_again_after_its_window() -> None:
@@ -256,8 +356,135 @@ def test_the_budget_is_whole_again_after_its_window() -> None:
         story.go()
         story.recovers()
         story.wait(3600)
-    assert (story.phase, story.restarts, story.status["restarts"]["used"]) == ("Running", 3, 1)
-    assert story.status["restarts"]["windowStart"] == "2026-01-01T14:00:00Z"
+    (entry,) = story.status["restarts"]["byReason"]
+    assert (story.phase, story.restarts, entry["count"], entry["used"]) == ("Running", 3, 3, 1)
+    assert entry["windowStart"] == "2026-01-01T14:00:00Z"
+
+
+def test_what_is_left_of_a_budget_is_known_to_a_new_operator_process() -> None:
+    """Everything is in status: a story whose memory of reports is lost goes on counting."""
+    story = Story("recovery: {maxRestarts: 2}").trains()
+    for _ in range(2):
+        fails(story, step=50)
+        story.heard.clear()
+        story.pods_start()
+        story.recovers()
+    fails(story, step=50)
+    assert story.say().startswith("RestartsExhausted")
+
+
+# What comes back wherever the gang starts from.
+
+
+def test_the_same_python_error_three_times_in_a_row_at_one_step_ends_the_job() -> None:
+    story = Story().trains()
+    for _ in range(3):
+        story.wait(100)
+        story.report(0, heartbeat=Heartbeat(Phase.TRAINING, 41))
+        story.worker_ends(0, 1, message="IndexError: list index out of range")
+        story.worker_ends(1, 1, message="RuntimeError: [gloo/transport/tcp/pair.cc:537] Connection closed by peer")
+        story.go()
+        if story.phase != "Failed":
+            story.recovers()
+    assert story.say() == (
+        "WorkerFailed: 3 times in a row without getting beyond step 41: rank 0 ended with exit code 1: IndexError: list index out of range"
+    )
+    assert (story.restarts, story.holds) == (2, {"Failed", "Stalled"})
+
+
+NOT_THE_SAME = {
+    "it never began to train": [(41, 1, "IndexError"), (None, 1, "OSError"), (None, 1, "OSError")],
+    "it got further": [(41, 1, "IndexError"), (41, 1, "IndexError"), (42, 1, "IndexError")],
+    "another end came between": [(41, 1, ""), (41, ExitCode.STALE, ""), (41, 1, ""), (41, 1, "")],
+    "the agent died, which is no error of Python": [(41, None, ""), (41, None, ""), (41, None, "")],
+}
+
+
+@pytest.mark.parametrize("ends", NOT_THE_SAME.values(), ids=NOT_THE_SAME.keys())
+def test_it_is_not_the_same_again_when(ends: list[tuple[int | None, int | None, str]]) -> None:
+    story = Story().trains()
+    for step, code, message in ends:
+        story.wait(100)
+        phase = Phase.INITIALIZING if step is None else Phase.TRAINING
+        for rank in (0, 1):
+            story.report(rank, heartbeat=Heartbeat(phase, step or 0))
+        story.worker_ends(0, code, message=message, who=0 if code else -1)
+        story.worker_ends(1, code, message=message, who=1 if code else -1)
+        story.go()
+        story.recovers()
+    assert story.restarts == len(ends)
+
+
+def test_what_nobody_is_to_blame_for_does_not_interrupt_a_row() -> None:
+    story = Story().trains()
+    for code in (1, ExitCode.SAVED, 1, ExitCode.SAVED, 1):
+        fails(story, step=41, code=code)
+        if story.phase != "Failed":
+            story.recovers()
+    assert story.say().startswith("WorkerFailed: 3 times in a row without getting beyond step 41: ")
+
+
+def fails_before_the_first_step(story: Story, *, times: int, memory: bool = False) -> None:
+    story.go()
+    story.pods_start()
+    for _ in range(times):
+        story.go()
+        story.wait(100)
+        if memory:
+            story.change(0, containers=(OOM_NOW,))
+        story.worker_ends(0, None if memory else 1, message="OSError: no such host", who=-1 if memory else 0)
+        story.worker_ends(1, 1, message=GLOO if memory else "OSError: no such host")
+        story.go()
+        story.wait(300)
+    assert story.job.status.attempts[-1].last_step is None
+
+
+def test_what_fails_before_the_first_step_may_be_the_networks_and_is_tried_as_often_as_the_budget_allows() -> None:
+    story = Story("recovery: {maxRestarts: 4}")
+    fails_before_the_first_step(story, times=4)
+    assert story.phase == "Recovering"
+    fails_before_the_first_step(story, times=1)
+    assert story.say().startswith("RestartsExhausted")
+
+
+def test_memory_that_runs_out_before_the_first_step_of_a_recipe_does_so_again_and_of_a_script_nobody_knows() -> None:
+    for story, phase in ((Story(), "Failed"), (Story(base=SCRIPT), "Recovering")):
+        fails_before_the_first_step(story, times=2, memory=True)
+        assert (story.phase, story.attempts) == (phase, ["OutOfMemory"] * 2)
+
+
+def runs_out_of_memory(story: Story) -> None:
+    story.wait(100)
+    story.report(0, heartbeat=Heartbeat(Phase.TRAINING, 41))
+    story.change(0, containers=(OOM_NOW,))
+    story.worker_ends(0, who=-1)
+    story.worker_ends(1, 1)
+    story.go()
+
+
+def test_memory_that_runs_out_twice_at_one_step_ends_the_job_and_says_how_to_go_on() -> None:
+    story = Story().trains()
+    commits(story, 40)
+    runs_out_of_memory(story)
+    story.recovers()
+    runs_out_of_memory(story)
+    assert (story.phase, story.restarts) == ("Failed", 1)
+    prefix = "s3://checkpoints/team-a/team-a/sentiment-aaaaabbb"
+    assert story.say().startswith(
+        "OutOfMemory: 2 times in a row without getting beyond step 41: pod sentiment-aaaaa-0-1 was killed at "
+    )
+    assert story.say().endswith(
+        f"; a new job with more of it goes on from step 40 with checkpoint: {{resumeFrom: {prefix}}}"
+    )
+
+
+def test_memory_that_runs_out_before_anything_was_saved_leaves_nothing_to_go_on_from() -> None:
+    story = Story().trains()
+    runs_out_of_memory(story)
+    story.recovers()
+    runs_out_of_memory(story)
+    assert story.phase == "Failed"
+    assert "resumeFrom" not in story.say()
 
 
 def test_only_the_last_ten_attempts_are_kept() -> None:
@@ -272,14 +499,32 @@ def test_only_the_last_ten_attempts_are_kept() -> None:
 
 def test_a_container_killed_for_memory_is_told_with_what_to_do() -> None:
     story = Story().trains()
-    story.change(1, containers=(OOM_NOW,))
+    story.change(1, containers=(OOM_NOW,), memory_limit=str(3 * 2**30))
     story.report(
         1, state=AgentState.FAILED, exits=[Exit(1, -1, None, None, "the agent process ended while this generation ran")]
     )
     story.go()
     attempt = story.job.status.attempts[0]
     assert (attempt.reason, attempt.pod, attempt.exit_code) == ("OutOfMemory", "sentiment-aaaaa-1-1", 137)
-    assert attempt.message == "pod sentiment-aaaaa-1-1 was killed at its memory limit; raise workers.resources.memory"
+    assert (
+        attempt.message
+        == "pod sentiment-aaaaa-1-1 was killed at its memory limit of 3.00 GiB; raise workers.resources.memory"
+    )
+
+
+def test_a_worker_that_the_kernel_took_for_memory_is_told_with_limit_and_peak_though_its_container_runs_on() -> None:
+    story = Story().trains()
+    gang_dies = Exit(1, 1, 1, None, GLOO)
+    killed = Exit(1, 0, None, 9, "", memory=Memory(limit_bytes=3 * 2**30, peak_bytes=3 * 2**30 - 2**28))
+    story.report(1, state=AgentState.FAILED, exits=[gang_dies])
+    story.report(0, state=AgentState.FAILED, exits=[killed])
+    story.go()
+    attempt = story.job.status.attempts[0]
+    assert (attempt.reason, attempt.rank, attempt.signal) == ("OutOfMemory", 0, 9)
+    assert attempt.message == (
+        "rank 0 was killed at the memory limit of pod sentiment-aaaaa-0-1 of 3.00 GiB; its peak was 2.75 GiB; "
+        "raise workers.resources.memory"
+    )
 
 
 def test_a_container_once_killed_for_memory_is_not_blamed_for_later_generations() -> None:

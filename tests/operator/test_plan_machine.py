@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finetune_api.protocol import Saves
+from finetune_api.protocol import Checkpoint, Doing, Saves
 from finetune_operator.kube.api import JOBS, PODS
 from finetune_operator.kube.errors import Conflict, KubeError
 from tests.operator.fake_api import Crash
@@ -136,6 +136,24 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
     def a_container_exceeds_its_memory(self, n: int) -> None:
         agents = list(self.cluster.agents)
         self.cluster.out_of_memory(agents[n % len(agents)])
+
+    @precondition(lambda self: self.cluster.agents)
+    @rule(n=pick, doing=st.sampled_from(Doing))
+    def the_workers_of_a_pod_fall_silent(self, n: int, doing: Doing) -> None:
+        agents = list(self.cluster.agents.values())
+        agents[n % len(agents)].hangs(doing)
+
+    @rule(doing=st.sampled_from(Doing))
+    def the_whole_gang_hangs(self, doing: Doing) -> None:
+        for agent in self.cluster.agents.values():
+            agent.hangs(doing)
+
+    @precondition(lambda self: self.cluster.agents)
+    @rule(n=pick, ahead=st.integers(-2, 2))
+    def a_checkpoint_is_committed(self, n: int, ahead: int) -> None:
+        agents = list(self.cluster.agents.values())
+        agent = agents[n % len(agents)]
+        agent.checkpoint = Checkpoint(max(0, agent.started + ahead), "s3://b/p", 1, "2026-01-01T12:00:00Z")
 
     @precondition(lambda self: self.cluster.agents)
     @rule(n=pick, level=st.sampled_from([Saves(), Saves(3, put_off=1), Saves(failing_since="2026-01-01T12:00:00Z")]))

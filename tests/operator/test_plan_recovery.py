@@ -196,7 +196,8 @@ def test_going_back_starts_the_next_generation_in_place_is_counted_and_uses_no_r
     plan = story.go()
     assert (plan.create, plan.delete, story.phase, story.generation) == ((), (), "Recovering", 2)
     assert len(story.job.status.gang.members) == 2
-    assert story.status["restarts"] == {"total": 1, "used": 0, "byReason": [{"reason": "RolledBack", "count": 1}]}
+    counted = {"reason": "RolledBack", "count": 1, "used": 0, "lastStep": 120}
+    assert story.status["restarts"] == {"total": 1, "byReason": [counted]}
     story.recovers()
     story.report(0, resumed=Resumed(100, ResumeSource.STORAGE, skipped_samples=1280, rollbacks=1))
     story.go()
@@ -217,9 +218,10 @@ def test_going_back_between_failures_neither_uses_nor_refills_the_budget() -> No
         story.recovers()
     assert story.status["restarts"] == {
         "total": 2,
-        "used": 1,
-        "windowStart": "2026-01-01T12:01:40Z",
-        "byReason": [{"reason": "RolledBack", "count": 1}, {"reason": "Stale", "count": 1}],
+        "byReason": [
+            {"reason": "RolledBack", "count": 1, "used": 0, "lastStep": 1},
+            {"reason": "Stale", "count": 1, "used": 1, "windowStart": "2026-01-01T12:01:40Z", "lastStep": 1},
+        ],
     }
     story.worker_ends(0, ExitCode.STALE)
     story.worker_ends(1, 1)

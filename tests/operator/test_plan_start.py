@@ -27,6 +27,7 @@ def test_a_new_job_mints_generation_1_and_creates_one_pod_for_each_rank() -> Non
       - {type: Failed, status: "False", reason: NotFailed, message: "the job has not failed", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
       - {type: CheckpointsDelayed, status: "False", reason: NotDelayed, message: "no save fails or has to wait", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
       - {type: CheckpointFallback, status: "False", reason: NoFallback, message: "the gang started from the newest checkpoint, or there is a newer one by now", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
+      - {type: Straggler, status: "False", reason: NoStraggler, message: "no rank is known to hold up the others", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
     """)
 
 

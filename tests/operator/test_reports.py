@@ -15,14 +15,17 @@ from finetune_api.protocol import (
     Evaluation,
     Exit,
     Heartbeat,
+    Memory,
     Metric,
     Model,
+    Pace,
     Phase,
     Progress,
     Report,
     Resumed,
     ResumeSource,
     Saves,
+    Stalled,
     from_wire,
     to_wire,
 )
@@ -55,6 +58,8 @@ NEWS = {
     "a model is": ({"model": Model("s3://x")}, True),
     "another state is": ({"state": AgentState.RUNNING}, True),
     "another generation is": ({"generation": 2}, True),
+    "that all workers are silent is": ({"stalled": Stalled(0, Phase.TRAINING, 7, 60.0)}, True),
+    "how fast a rank is is no news": ({"paces": [Pace(0, 1.0, 0.5)]}, False),
     "an exit is": ({"exits": [Exit(1, 0, 1)]}, True),
     "another instance of the agent is": ({"instance": "second"}, True),
 }
@@ -207,6 +212,15 @@ IMPLAUSIBLE = {
     "a commit on a day that is none": (
         {"checkpoint": Checkpoint(8, "s3://x", 1, "2026-02-30T12:00:00Z")},
         "$.checkpoint.commit_time: must be a time",
+    ),
+    "a silence without an end": (
+        {"stalled": Stalled(0, Phase.TRAINING, 1, 1e300)},
+        "$.stalled.silent_seconds: out of range",
+    ),
+    "a rank that takes less than nothing": ({"paces": [Pace(0, 1.0, -1.0)]}, "$.paces[0].busy_seconds: out of range"),
+    "more memory than there is": (
+        {"exits": [Exit(1, 0, None, 9, memory=Memory(10**400))]},
+        "$.exits[0].memory.limit_bytes: out of range",
     ),
     "a stall of less than nothing": ({"saves": Saves(stall_seconds=-0.1)}, "$.saves.stall_seconds: out of range"),
     "a commit that took for ever": ({"saves": Saves(commit_seconds=1e300)}, "$.saves.commit_seconds: out of range"),

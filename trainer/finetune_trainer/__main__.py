@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from finetune_api.contract import ExitCode
 from finetune_trainer.errors import TrainingError
 from finetune_trainer.progress import Reporter, one_line
+from finetune_trainer.stacks import show_stacks_when_asked
 from finetune_trainer.stop import StopRequest
 
 
@@ -21,6 +22,7 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
     """Run one worker to its end and return its exit code."""
     stop = StopRequest(environment)
     stop.listen()
+    show_stacks_when_asked(environment)
     reporter = Reporter(environment)
     reporter.alive()
     try:

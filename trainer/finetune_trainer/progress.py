@@ -52,11 +52,11 @@ class Reporter:
         self._step = 0
         self._printed = -math.inf
 
-    def phase(self, phase: Phase, step: int | None = None) -> None:
-        """Tell that this rank is alive, what it does, and how many steps are done."""
+    def phase(self, phase: Phase, step: int | None = None, *, busy_seconds: float | None = None) -> None:
+        """Tell that this rank is alive, what it does, how many steps are done, and what the newest took of this rank alone."""
         self._phase = phase
         self._step = self._step if step is None else step
-        self._send(BeatKind.HEARTBEAT, heartbeat=Heartbeat(phase=phase, step=self._step))
+        self._send(BeatKind.HEARTBEAT, heartbeat=Heartbeat(phase=phase, step=self._step, busy_seconds=busy_seconds))
 
     def alive(self) -> None:
         """Repeat the newest heartbeat, between two parts of something long."""

@@ -68,6 +68,13 @@ class Ranks:
         dist.all_reduce(tensor, group=self.agreement)
         return [float(value) for value in tensor]
 
+    def read(self, number: torch.Tensor) -> float:
+        """Return the number in a tensor of one element: on a GPU, when all that was launched before is done, collectives too.
+
+        It is here because the agent takes a main thread that stands in this file for one that waits for its peers.
+        """
+        return float(number)
+
     def _settle(self, outcome: Outcome[T], source: int) -> T:
         outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, outcome, group=self.agreement)

@@ -23,7 +23,10 @@ REASONS = {
 
 def begun(told: Saves, *, step: int, now: str, stall_seconds: float) -> Saves:
     """Return what to tell after a save began."""
-    return replace(told, saving_step=step, saving_since=now, put_off=0, stall_seconds=stall_seconds)
+    total = (told.total_stall_seconds or 0.0) + stall_seconds
+    return replace(
+        told, saving_step=step, saving_since=now, put_off=0, stall_seconds=stall_seconds, total_stall_seconds=total
+    )
 
 
 def put_off(told: Saves) -> Saves:

@@ -23,6 +23,7 @@ from finetune_api.protocol import Evaluation, Metric, Phase, Progress, ResumeSou
 from finetune_api.recipe import LossSpike, MetricName, Precision
 from finetune_trainer import spikes
 from finetune_trainer.autosave import Autosave
+from finetune_trainer.busy import Busy
 from finetune_trainer.checkpoint.checkpoints import Checkpoints
 from finetune_trainer.checkpoint.manifest import Position
 from finetune_trainer.data.batches import cut, deal, random_seed
@@ -78,11 +79,12 @@ def train(job: Job, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> None
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What all ranks computed in one step: the loss per target of the global batch, and what it took."""
+    """What all ranks computed in one step: the loss per target of the global batch, and what it took, also of this rank alone."""
 
     loss: float
     tokens: int
     started: float
+    busy_seconds: float
 
 
 class Run:
@@ -165,7 +167,7 @@ class Run:
             samples_consumed=self.position.samples_consumed + recipe.training.global_batch_size,
             recent_losses=spikes.remembered(self.position.recent_losses, loss),
         )
-        self.reporter.phase(Phase.TRAINING, step)
+        self.reporter.phase(Phase.TRAINING, step, busy_seconds=computed.busy_seconds)
         self._tell(replace(computed, loss=loss), rate, done.gradient_norm)
 
     def _look_for_a_spike(self, loss: float, step: int) -> None:
@@ -217,17 +219,20 @@ class Run:
         micro_batches = cut(samples, feed.data.lengths(samples), prepared.plan.micro_batch_size)
         targets = task.count_targets(feed.data, samples)
         turns = deal(len(micro_batches), ranks=self.ranks.size, rank=self.ranks.rank)
-        total = torch.zeros((), device=feed.device)
+        total, busy = torch.zeros((), device=feed.device), Busy(feed.device)
         engine.train()
         for turn, index in enumerate(turns, start=1):
             torch.manual_seed(random_seed("dropout", seed, step, -1 if index is None else index))
-            batch = feed.batch(None if index is None else micro_batches[index])
-            loss = task.loss(engine(**batch.inputs).logits, batch.labels)
+            with busy.loading():
+                batch = feed.batch(None if index is None else micro_batches[index])
+            with busy.computing(alone=self.job.recipe.zero.stage < 3):
+                loss = task.loss(engine(**batch.inputs).logits, batch.labels)
             accumulate(engine, loss, targets=targets, ranks=self.ranks.size)
             total += loss.detach()
             if turn < len(turns):
                 engine.step()  # only counts the round
-        return Computed(float(total) / targets, int(feed.data.lengths(samples).sum()), started)
+        loss_share = self.ranks.read(total) / targets
+        return Computed(loss_share, int(feed.data.lengths(samples).sum()), started, busy.seconds())
 
     def _agree(self, loss_share: float) -> float:
         """Sum this step's flags and the loss over the ranks; return the loss."""

@@ -9,7 +9,10 @@ from finetune_api.protocol import Exit, Report
 LARGEST = 2**53  # what JSON's readers agree on
 TEXT_LIMIT = 2048
 TIMES = ("commit_time", "saving_since", "failing_since")
-DURATIONS = ("stall_seconds", "commit_seconds", "recommended_interval_seconds")
+DURATIONS = (
+    *("stall_seconds", "total_stall_seconds", "commit_seconds", "recommended_interval_seconds"),
+    *("silent_seconds", "step_seconds", "busy_seconds"),
+)
 RFC_3339 = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?(Z|[+-][0-9]{2}:[0-9]{2})")
 
 
@@ -63,6 +66,8 @@ def _check_exit(end: Exit, path: str) -> None:
     for number in (end.generation, end.rank, end.exit_code or 0, end.signal or 0):
         if not -1 <= number < 2**31:
             raise ValueError(f"{path}: out of range")
+    if end.memory is not None:
+        _check(end.memory, f"{path}.memory")
 
 
 def _check_scalar(value: object, path: str) -> None:

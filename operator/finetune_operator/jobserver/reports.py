@@ -36,7 +36,7 @@ class Reports:
 
 
 def _outcome(report: Report) -> object:
-    return report.instance, report.generation, report.state, tuple(report.exits)
+    return report.instance, report.generation, report.state, tuple(report.exits), report.stalled
 
 
 def _telling(report: Report) -> object:

@@ -135,10 +135,9 @@ def _with_loss(attempt: Attempt, resumed: JobResumed) -> Attempt:
 
 def last_step(observed: Observation, status: JobStatus, gang: Gang) -> int | None:
     """Return how many steps were done when this generation ended, if it ever told of one."""
-    steps = []
-    said = observed.said_by_first(gang)
-    if said is not None and said.heartbeat is not None and said.heartbeat.phase != Phase.INITIALIZING:
-        steps.append(said.heartbeat.step)
+    said = [observed.said(gang, member) for member in gang.members]  # one that died may not have told of its last steps
+    beats = [report.heartbeat for report in said if report is not None and report.heartbeat is not None]
+    steps = [beat.step for beat in beats if beat.phase != Phase.INITIALIZING]
     progress = status.progress
     if (
         progress is not None

@@ -1,8 +1,9 @@
 """Phase and conditions: the same facts said for people and for programs.
 
 ``Ready``, ``Reconciling`` and ``Stalled`` mean what kstatus says they mean: Reconciling while the operator still has to bring something
-about, Stalled when it cannot without somebody else's doing, Ready when what the spec asks for is so. What checkpoints do is said beside
-that, by conditions of their own: training goes on meanwhile. All conditions are always there, each with a reason and a message.
+about, Stalled when it cannot without somebody else's doing, Ready when what the spec asks for is so. What checkpoints do, and a slow rank,
+is said beside that, by conditions of their own: training goes on meanwhile. All conditions are always there, each with a reason and a
+message.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from finetune_api.status import Condition, ConditionType, JobPhase, JobStatus
 from finetune_operator.plan.checkpoints import Aspect, delay, fallback
 from finetune_operator.plan.observation import Observation, timestamp
+from finetune_operator.plan.straggler import straggle
 
 _MESSAGE_LIMIT = 2048
 
@@ -55,6 +57,8 @@ def with_conditions(observed: Observation, status: JobStatus, situation: Situati
     aspects[ConditionType.CHECKPOINT_FALLBACK] = fallback(
         observed.status, known.get(ConditionType.CHECKPOINT_FALLBACK), status
     )
+    running = status.gang if phase == JobPhase.RUNNING else None
+    aspects[ConditionType.STRAGGLER] = straggle(observed, running, known.get(ConditionType.STRAGGLER))
     conditions = [_condition(observed, known.get(kind), kind, aspect) for kind, aspect in aspects.items()]
     generation = observed.job.metadata.generation
     return status.model_copy(update={"phase": phase, "conditions": conditions, "observed_generation": generation})

@@ -2,12 +2,14 @@
 
 When a rank dies its peers fail within milliseconds on broken collectives, and an echo may well be heard before its cause. So causes
 are ranked by class first (``FailureClass`` is ordered, strongest last), and a weak one is believed only after the others had a moment to
-report (``SETTLE_SECONDS``).
+report (``SETTLE_SECONDS``). A failure that itself speaks of a broken collective, be it an exception or an abort of the library's own
+threads, is the weakest of all: it is believed only when nothing better has come for longer than any agent needs to report.
 
 That the workers have saved and left because they were asked to outranks whatever became of their pods: nothing is lost. It is no end
 before all members have done so (see ``leaving``).
 """
 
+import re
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,18 +17,26 @@ from datetime import datetime, timedelta
 from enum import IntEnum
 
 from finetune_api.contract import TRAINER_CONTAINER, ExitCode
-from finetune_api.protocol import AgentState, Exit, Report
+from finetune_api.protocol import AgentState, Exit, Memory, Report
 from finetune_api.status import Gang, Member
 from finetune_operator.plan.leaving import SAVE_SECONDS, has_ended, leaving_members, look_again_seconds, may_still_save
 from finetune_operator.plan.observation import Heard, Observation
 from finetune_operator.views import PodView
 
 SETTLE_SECONDS = 1.0
+ECHO_SECONDS = 5.0
+# How gloo, NCCL, torch's stores and process groups name themselves when a peer is gone.
+_COLLECTIVE = re.compile(
+    r"\bgloo(/|::| connect)|NCCL (error|operation|communicator|watchdog)|nccl\w+Error|\bc10d\b|TCPStore|ProcessGroup"
+    r"|Dist(Backend|Network|Store)Error",
+    re.IGNORECASE,
+)
 
 
 class FailureClass(IntEnum):
     """How telling a failure is of its cause, weakest first."""
 
+    ECHO = 0  # a collective broke: hardly ever the cause
     ERROR = 1  # a Python error: the cause, or the echo of a peer's death
     SIGNAL = 2
     KNOWN = 3  # the trainer said why
@@ -75,9 +85,8 @@ def find_cause(observed: Observation, gang: Gang) -> tuple[Failure | None, float
         return None, remaining
     failures += [_lost_pod(observed, observed.pod(member.uid), member) for member in leaving_members(observed, gang)]
     cause = max(failures, key=lambda failure: (failure.failure_class, -failure.heard_at.timestamp()))
-    unsettled = len(failures) < gang.nodes and cause.failure_class <= FailureClass.SIGNAL
-    remaining = _seconds_left(observed, failures, SETTLE_SECONDS)
-    if unsettled and remaining > 0:
+    remaining = _seconds_to_settle(observed, gang, failures, cause)
+    if remaining > 0:
         return None, remaining
     return _named_after_its_pod(observed, gang, cause), None
 
@@ -89,6 +98,15 @@ def _seconds_to_save(observed: Observation, gang: Gang, failures: Sequence[Failu
     if not saved or not undisturbed or all(has_ended(observed, gang, member) for member in gang.members):
         return 0.0
     return _seconds_left(observed, saved, SAVE_SECONDS)
+
+
+def _seconds_to_settle(observed: Observation, gang: Gang, failures: Sequence[Failure], cause: Failure) -> float:
+    """Return how long a better cause may still show."""
+    if cause.failure_class == FailureClass.ECHO and not all(has_ended(observed, gang, m) for m in gang.members):
+        return _seconds_left(observed, failures, ECHO_SECONDS)
+    if len(failures) < gang.nodes and cause.failure_class <= FailureClass.SIGNAL:
+        return _seconds_left(observed, failures, SETTLE_SECONDS)
+    return 0.0
 
 
 def _seconds_left(observed: Observation, failures: Sequence[Failure], seconds: float) -> float:
@@ -138,10 +156,12 @@ def _out_of_memory(observed: Observation, pod: PodView | None) -> Failure | None
     for container in pod.containers if pod else ():
         if container.name == TRAINER_CONTAINER and "OOMKilled" in (container.exit_reason, container.last_exit_reason):
             assert pod is not None
+            limit = pod.memory_limit  # the operator writes it in bytes; others may write it as they like
+            limit = _gibibytes(int(limit)) if limit.isdigit() else limit
             return Failure(
                 failure_class=FailureClass.MEMORY,
                 reason="OutOfMemory",
-                message=f"pod {pod.name} was killed at its memory limit; raise workers.resources.memory",
+                message=f"pod {pod.name} was killed at its memory limit{_of(limit)}; raise workers.resources.memory",
                 pod=pod.name,
                 node=pod.node,
                 heard_at=observed.now,
@@ -172,11 +192,17 @@ def _reported(pod: PodView | None, member: Member, heard: Heard, said: Report) -
 
 
 def _from_exit(pod: PodView | None, member: Member, heard: Heard, end: Exit) -> Failure:
-    if end.signal is not None:
+    if end.memory is not None:
+        return _killed_for_memory(pod, member, heard, end, end.memory)
+    if _is_echo(end):
+        failure_class, reason = FailureClass.ECHO, "CollectiveFailed"
+    elif end.signal is not None:
         failure_class, reason = FailureClass.SIGNAL, "WorkerKilled"
-        how = f"by signal {_signal_name(end.signal)}"
     else:
         failure_class, reason = _BY_EXIT_CODE.get(end.exit_code or 0, (FailureClass.ERROR, "WorkerFailed"))
+    if end.signal is not None:
+        how = f"by signal {_signal_name(end.signal)}"
+    else:
         how = "without an exit code" if end.exit_code is None else f"with exit code {end.exit_code}"
     who = f"rank {end.rank}" if end.rank >= 0 else "the launcher"
     message = end.message if failure_class >= FailureClass.KNOWN and end.message else f"{who} ended {how}"
@@ -193,6 +219,37 @@ def _from_exit(pod: PodView | None, member: Member, heard: Heard, end: Exit) -> 
         exit_code=end.exit_code,
         signal=end.signal,
     )
+
+
+def _killed_for_memory(pod: PodView | None, member: Member, heard: Heard, end: Exit, memory: Memory) -> Failure:
+    peak = "" if memory.peak_bytes is None else f"; its peak was {_gibibytes(memory.peak_bytes)}"
+    limit = "" if memory.limit_bytes is None else _of(_gibibytes(memory.limit_bytes))
+    return Failure(
+        failure_class=FailureClass.MEMORY,
+        reason="OutOfMemory",
+        message=f"rank {end.rank} was killed at the memory limit of pod {member.pod}{limit}{peak}; raise workers.resources.memory",
+        pod=member.pod,
+        node=pod.node if pod else "",
+        heard_at=heard.since,
+        rank=end.rank,
+        exit_code=end.exit_code,
+        signal=end.signal,
+    )
+
+
+def _of(quantity: str) -> str:
+    return f" of {quantity}" if quantity else ""
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _is_echo(end: Exit) -> bool:
+    """Tell whether a worker ended over a broken collective: by an exception that says so, or by an abort after such words."""
+    if end.signal == signal.SIGABRT:
+        return _COLLECTIVE.search(f"{end.message}\n{end.log_tail}") is not None
+    return end.exit_code == ExitCode.ERROR and _COLLECTIVE.search(end.message) is not None
 
 
 def lost_before_start(observed: Observation, gang: Gang, chosen: Mapping[int, PodView]) -> Failure | None:

@@ -15,6 +15,8 @@ from finetune_operator.plan.gang import (
     surplus_pods,
     with_members,
 )
+from finetune_operator.plan.goodput import pause, settle
+from finetune_operator.plan.hang import find_hang
 from finetune_operator.plan.leaving import describe
 from finetune_operator.plan.observation import Observation, Plan, instant, is_final, timestamp, unset_gang
 from finetune_operator.plan.pending import is_blocked, waiting_for
@@ -23,8 +25,7 @@ from finetune_operator.plan.recovery import (
     Hold,
     backoff_seconds,
     find_hold,
-    restarts_left,
-    uses_budget,
+    last_straw,
     with_attempt,
     with_restart,
 )
@@ -59,6 +60,8 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     if all(state == AgentState.SUCCEEDED for state in states):
         return _plan_end(observed, status, gang, Situation(JobPhase.SUCCEEDED, "Succeeded", _success_message(status)))
     failure, look_again = find_cause(observed, gang)
+    if failure is None and look_again is None:
+        failure, look_again = find_hang(observed, gang)
     if failure is not None:
         return _plan_failure(observed, status, gang, failure)
     ready = sum(state in (AgentState.RUNNING, AgentState.SUCCEEDED) for state in states)
@@ -71,10 +74,9 @@ def _plan_failure(observed: Observation, status: JobStatus, gang: Gang, failure:
     status = after_a_generation(with_attempt(observed, status, gang, failure))
     if failure.failure_class == FailureClass.TERMINAL:
         return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, failure.reason, failure.message))
-    if uses_budget(failure) and restarts_left(observed, status) <= 0:
-        spent = observed.job.spec.recovery.max_restarts
-        message = f"gave up after {spent} restarts (recovery.maxRestarts); last: {failure.reason}: {failure.message}"
-        return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, "RestartsExhausted", message))
+    last = last_straw(observed, status, failure)
+    if last is not None:
+        return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, last.reason, last.message))
     status = with_restart(observed, status, failure)
     return _plan_assembly(observed, status, next_generation(observed, gang))
 
@@ -140,14 +142,14 @@ def _plan_suspended(observed: Observation, gang: Gang) -> Plan:
             gang = next_generation(observed, gang)  # their names are taken for as long as they are leaving
     else:
         situation = Situation(JobPhase.SUSPENDED, "Suspended", "spec.suspend is true; no pod is kept")
-        status = after_a_generation(status, at_rest=True)
+        status = pause(after_a_generation(status, at_rest=True))
     status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
     return Plan(status, delete=tuple(pod for pod in alive if not pod.deleting))
 
 
 def _plan_end(observed: Observation, status: JobStatus, gang: Gang, situation: Situation) -> Plan:
     gang = gang.model_copy(update={"ready": 0})
-    status = after_a_generation(status, at_rest=True)
+    status = settle(observed, after_a_generation(status, at_rest=True), succeeded=situation.phase == JobPhase.SUCCEEDED)
     status = status.model_copy(update={"completion_time": timestamp(observed.now), "gang": gang})
     spec = observed.job.spec
     return Plan(

@@ -24,4 +24,5 @@ def order_for(job: FineTuneJob, pod_uid: str) -> Order:
         processes_per_node=gang.processes_per_node,
         master_address=gang.master_address,
         master_port=gang.master_port,
+        hang_seconds=job.spec.recovery.hang_seconds,
     )

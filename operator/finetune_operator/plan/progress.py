@@ -14,6 +14,7 @@ from finetune_api.status import (
     ModelResult,
 )
 from finetune_operator.plan.checkpoints import fold_resumed, fold_saves
+from finetune_operator.plan.goodput import account
 from finetune_operator.plan.observation import Observation, instant, timestamp
 
 
@@ -30,7 +31,9 @@ def fold_reports(observed: Observation, gang: Gang, status: JobStatus) -> JobSta
     status = status.model_copy(update=updates | _storage(report))
     if report.saves is not None:
         status = status.model_copy(update={"saves": fold_saves(status, report.saves)})
-    return status if report.resumed is None else fold_resumed(status, gang, report.resumed)
+    if report.resumed is not None:
+        status = fold_resumed(status, gang, report.resumed)
+    return account(observed, status, gang, report)
 
 
 def _progress(new: Progress, known: JobProgress | None, observed: Observation) -> JobProgress:

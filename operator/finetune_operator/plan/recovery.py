@@ -1,7 +1,13 @@
-"""What the end of a gang costs, and how long the next one waits.
+"""What the end of a gang costs, when it is the last, and how long the next one waits.
 
-A failure uses one restart of the budget, and quick ones in a row wait 2, 4, 8 … seconds. What nobody is to blame for is free. So is
-going back to before numbers that were not finite, which the trainer bounds itself; it is counted.
+Every reason has a budget of its own, ``recovery.maxRestarts`` in a window: a job that is moved off bad nodes all day must not run out of
+restarts for it just when a program fails. A checkpoint of a later step than the last failure's makes its budget whole: a job that gets
+further may fail as often as it likes. ``status.restarts.byReason`` holds all that is needed to know what is left, so a new operator process
+knows it too. Quick failures in a row wait 2, 4, 8 … seconds, whatever the reason. What nobody is to blame for is free. So is going back to
+before numbers that were not finite, which the trainer bounds itself; it is counted.
+
+Some failures come back wherever the gang starts from: a program's error three times in a row at the same step, memory twice. They end
+the job before the budget does.
 
 Without permission or without the store nothing can be trained, and it is not the gang that can mend it. The gang is *held*: its pods
 stay, no worker runs, and another generation tries as long after the last as the trouble has lasted, from 15 seconds to 5 minutes. It
@@ -15,7 +21,8 @@ from datetime import datetime, timedelta
 from finetune_api.status import Attempt, Gang, JobStatus, RestartReason, Restarts
 from finetune_operator.plan.checkpoints import last_step
 from finetune_operator.plan.failure import Failure
-from finetune_operator.plan.observation import Observation, instant, timestamp
+from finetune_operator.plan.observation import Observation, Problem, instant, timestamp
+from finetune_operator.render.names import job_prefix
 
 ATTEMPTS_KEPT = 10
 QUICK_FAILURE_SECONDS = 60.0
@@ -26,6 +33,8 @@ HELD = frozenset({"NoPermission", "StorageUnavailable"})
 NEEDS_SOMEBODY = frozenset({"NoPermission"})  # the store comes back by itself, a permission does not
 NOBODYS_FAULT = frozenset({"Preempted", "PortInUse"}) | HELD  # no restart at all: neither used nor counted
 COUNTED_ONLY = frozenset({"RolledBack"})
+TIMES_AT_ONE_STEP = {"WorkerFailed": 3, "OutOfMemory": 2}
+REASONS_KEPT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,41 +95,100 @@ def _step(attempt: Attempt) -> int:
 
 
 def uses_budget(failure: Failure) -> bool:
-    """Tell whether a failure takes one of ``recovery.maxRestarts``."""
+    """Tell whether a failure takes one of its reason's ``recovery.maxRestarts``."""
     return failure.reason not in NOBODYS_FAULT | COUNTED_ONLY
 
 
 def with_restart(observed: Observation, status: JobStatus, failure: Failure) -> JobStatus:
-    """Return ``status`` with one more restart counted, unless nobody is to blame: in all, for its reason and in the present window."""
+    """Return ``status`` with one more restart counted, in all and for its reason, unless nobody is to blame."""
     if failure.reason in NOBODYS_FAULT:
         return status
     restarts = status.restarts or Restarts()
-    counts = {entry.reason: entry.count for entry in restarts.by_reason}
-    counts[failure.reason] = counts.get(failure.reason, 0) + 1
-    by_reason = [RestartReason(reason=reason, count=count) for reason, count in sorted(counts.items())][:32]
-    restarts = restarts.model_copy(update={"total": restarts.total + 1, "by_reason": by_reason})
-    if uses_budget(failure):
-        restarts = _with_one_used(observed, restarts)
-    return status.model_copy(update={"restarts": restarts})
+    entries = {entry.reason: entry for entry in restarts.by_reason}
+    known = entries.get(failure.reason) or RestartReason(reason=failure.reason, count=0)
+    counted = known.model_copy(update={"count": known.count + 1, "last_step": status.attempts[-1].last_step})
+    entries[failure.reason] = _with_one_used(observed, status, counted, known) if uses_budget(failure) else counted
+    by_reason = [entries[reason] for reason in sorted(entries)][:REASONS_KEPT]
+    updated = restarts.model_copy(update={"total": restarts.total + 1, "by_reason": by_reason})
+    return status.model_copy(update={"restarts": updated})
 
 
-def _with_one_used(observed: Observation, restarts: Restarts) -> Restarts:
-    if restarts.window_start is None or _window_is_over(observed, restarts):
-        return restarts.model_copy(update={"used": 1, "window_start": timestamp(observed.now)})
-    return restarts.model_copy(update={"used": restarts.used + 1})
+def _with_one_used(
+    observed: Observation, status: JobStatus, counted: RestartReason, known: RestartReason
+) -> RestartReason:
+    used = _used(observed, status, known)
+    start = known.window_start if used else timestamp(observed.now)
+    return counted.model_copy(update={"used": used + 1, "window_start": start})
 
 
-def restarts_left(observed: Observation, status: JobStatus) -> int:
-    """Return how many restarts the budget still allows in its window."""
-    restarts = status.restarts or Restarts()
-    used = 0 if restarts.window_start is None or _window_is_over(observed, restarts) else restarts.used
-    return observed.job.spec.recovery.max_restarts - used
+def _used(observed: Observation, status: JobStatus, entry: RestartReason) -> int:
+    """Return how much of a reason's budget is used: nothing after its window, or when the job has got further since."""
+    if entry.window_start is None or _age(observed, entry.window_start) >= observed.job.spec.recovery.window_seconds:
+        return 0
+    got_further = (
+        entry.last_step is not None and status.checkpoint is not None and status.checkpoint.step > entry.last_step
+    )
+    return 0 if got_further else entry.used
 
 
-def _window_is_over(observed: Observation, restarts: Restarts) -> bool:
-    assert restarts.window_start is not None
-    age = (observed.now - instant(restarts.window_start)).total_seconds()
-    return age >= observed.job.spec.recovery.window_seconds
+def _age(observed: Observation, since: str) -> float:
+    return (observed.now - instant(since)).total_seconds()
+
+
+def last_straw(observed: Observation, status: JobStatus, failure: Failure) -> Problem | None:
+    """Return why the failure that ended the newest attempt is the job's last, or None: the gang starts again."""
+    return _comes_back(observed, status, failure) or _exhausted(observed, status, failure)
+
+
+def _exhausted(observed: Observation, status: JobStatus, failure: Failure) -> Problem | None:
+    entries = status.restarts.by_reason if status.restarts else []
+    used = sum(_used(observed, status, entry) for entry in entries if entry.reason == failure.reason)
+    limit = observed.job.spec.recovery.max_restarts
+    if not uses_budget(failure) or used < limit:
+        return None
+    return Problem(
+        "RestartsExhausted",
+        f"gave up after {limit} restarts for {failure.reason} without getting further (recovery.maxRestarts); "
+        f"last: {failure.message}",
+    )
+
+
+def _comes_back(observed: Observation, status: JobStatus, failure: Failure) -> Problem | None:
+    """Return the failure, if it has come back as often as it may without the job's getting any further."""
+    times = TIMES_AT_ONE_STEP.get(failure.reason)
+    if times is None:
+        return None
+    row = [attempt for attempt in status.attempts if attempt.reason not in NOBODYS_FAULT][-times:]
+    if len(row) < times or not all(_is_of_its_own(attempt, failure) for attempt in row) or _got_further(observed, row):
+        return None
+    first = row[0].last_step
+    where = "before the first step" if first is None else f"without getting beyond step {first}"
+    said = f"{times} times in a row {where}: {failure.message}"
+    return Problem(failure.reason, said + _how_to_continue(observed, status, failure))
+
+
+def _got_further(observed: Observation, row: Sequence[Attempt]) -> bool:
+    """Tell whether an attempt may have got beyond the first of its row.
+
+    One that has told of no step proves nothing: scripts need not, and what fails before the first step may be a network's. But a recipe
+    that runs out of memory there will do so again.
+    """
+    if any(attempt.last_step is None for attempt in row):
+        same = all(attempt.last_step is None for attempt in row) and row[0].reason == "OutOfMemory"
+        return not same or observed.job.spec.recipe is None
+    return any(_step(attempt) > _step(row[0]) for attempt in row)
+
+
+def _is_of_its_own(attempt: Attempt, failure: Failure) -> bool:
+    """Tell whether an attempt failed for this reason by itself: the death of an agent is no error of a program."""
+    return attempt.reason == failure.reason and (attempt.exit_code is not None or attempt.reason == "OutOfMemory")
+
+
+def _how_to_continue(observed: Observation, status: JobStatus, failure: Failure) -> str:
+    prefix = job_prefix(observed.job)
+    if failure.reason != "OutOfMemory" or status.checkpoint is None or prefix is None:
+        return ""
+    return f"; a new job with more of it goes on from step {status.checkpoint.step} with checkpoint: {{resumeFrom: {prefix}}}"
 
 
 def find_hold(status: JobStatus, gang: Gang) -> Hold | None:

@@ -1,5 +1,9 @@
-"""A gang member that all-reduces for ever: until the file ``finish`` is there, or SIGTERM says to save (all agree, then 75)."""
+"""A gang member that all-reduces for ever: until the file ``finish`` is there, or SIGTERM says to save (all agree, then 75).
 
+The file ``hang-GENERATION-RANK`` makes it hang while it loads its batch.
+"""
+
+import faulthandler
 import json
 import os
 import signal
@@ -27,12 +31,20 @@ def beat(kind, value):
         pass
 
 
+def load_batch():
+    if (folder / f"hang-{generation}-{rank}").exists():
+        time.sleep(1e6)
+
+
+stacks = Path(os.environ["FINETUNE_STACKS_FOLDER"]) / f"{rank}-{os.getpid()}"
+faulthandler.register(signal.SIGUSR1, file=stacks.open("a"))
 dist.init_process_group("gloo")
 assert dist.get_world_size() == int(os.environ["FINETUNE_WORLD_SIZE"])
 (folder / f"pid-{generation}-{rank}").write_text(str(os.getpid()))
 print("ready", flush=True)
 step = 0
 while True:
+    load_batch()
     flags = torch.tensor([float(bool(told_to_stop)), float((folder / "finish").exists()), 1.0])
     dist.all_reduce(flags)
     step += 1

@@ -1,5 +1,6 @@
 """A worker without torch: does what the lines of ``<folder>/rank<rank>-g<generation>`` (else ``…rank<rank>``) say, one by one."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -43,6 +44,24 @@ def flood():
 
 def on_term(code):
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+
+
+def show_stacks():
+    file = Path(os.environ["FINETUNE_STACKS_FOLDER"]) / f"{rank}-{os.getpid()}"
+    faulthandler.register(signal.SIGUSR1, file=file.open("a"))
+
+
+def train(*, steps, start=0, seconds=0.02):
+    """Beat once for each step."""
+    for step in range(start, start + steps + 1):
+        beat("heartbeat", {"phase": "Training", "step": step, "busySeconds": seconds * (rank + 1)})
+        time.sleep(seconds)
+
+
+def load_batch():
+    """Hang."""
+    ready()
+    time.sleep(1000)
 
 
 def ready():
