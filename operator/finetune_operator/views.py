@@ -46,6 +46,7 @@ class PodView:
     scheduled: bool = False
     unschedulable: str = ""
     disruption: str = ""
+    node_lost: bool = False  # its node is not ready
     containers: tuple[ContainerView, ...] = ()
     resource_version: str = ""
 
@@ -87,14 +88,27 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
         deleting="deletionTimestamp" in metadata,
         grace_ends=metadata.get("deletionTimestamp", ""),
         scheduled=scheduled.get("status") == "True",
-        unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
+        unschedulable=(scheduled.get("message") or scheduled.get("reason", ""))
+        if scheduled.get("status") == "False"
+        else "",
         disruption=conditions.get("DisruptionTarget", {}).get("reason", ""),
+        node_lost=_is_marked_not_ready(conditions),
         containers=(
             *(_container(item, is_init=True) for item in status.get("initContainerStatuses", ())),
             *(_container(item, is_init=False) for item in status.get("containerStatuses", ())),
         ),
         resource_version=metadata.get("resourceVersion", ""),
     )
+
+
+def _is_marked_not_ready(conditions: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Tell whether the node lifecycle controller has said of a pod that its node is not ready; so nobody has to watch nodes.
+
+    It turns Ready to False and touches nothing else (``MarkPodsNotReady``, pkg/controller/util/node in 1.34), while a kubelet says Ready
+    and ContainersReady alike, for a pod without readiness gates, and gives a reason.
+    """
+    ready, containers = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
+    return ready.get("status") == "False" and not ready.get("reason") and containers.get("status") == "True"
 
 
 def _container(item: Mapping[str, Any], *, is_init: bool) -> ContainerView:

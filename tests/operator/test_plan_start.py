@@ -16,7 +16,7 @@ def test_a_new_job_mints_generation_1_and_creates_one_pod_for_each_rank() -> Non
     assert plan.status.to_wire() == document("""
       observedGeneration: 1
       phase: Pending
-      gang: {generation: 1, nodes: 2, processesPerNode: 1, ready: 0, members: []}
+      gang: {generation: 1, nodes: 2, processesPerNode: 1, ready: 0, mintTime: "2026-01-01T12:00:00Z", members: [], standIns: [], avoidNodes: []}
       attempts: []
       conditions:
       - {type: Ready, status: "False", reason: Creating, message: "ranks 0, 1 of 2: the pod is being created", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
@@ -57,10 +57,13 @@ def test_members_are_committed_once_every_agent_has_reported_with_the_master_tha
         nodes: 2
         processesPerNode: 1
         ready: 0
+        mintTime: "2026-01-01T12:00:00Z"
         startTime: "2026-01-01T12:00:05Z"
         masterAddress: 10.0.0.0
         masterPort: 29500
         members: [{rank: 0, pod: sentiment-aaaaa-0-1, uid: pod-1}, {rank: 1, pod: sentiment-aaaaa-1-1, uid: pod-2}]
+        standIns: []
+        avoidNodes: []
       attempts: []
     """)
 
@@ -182,9 +185,7 @@ def test_a_quota_that_refuses_pods_is_told() -> None:
     assert plan.create == (NewPod(1, 1),), "it is tried again"
 
 
-PROBLEMS = {
-    reason: Problem(reason, f"why it is {reason}") for reason in ("UnknownProfile", "EndpointNotAllowed", "Unsupported")
-}
+PROBLEMS = {reason: Problem(reason, f"why it is {reason}") for reason in ("UnknownProfile", "EndpointNotAllowed")}
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=[f"{name} costs no pod and heals" for name in PROBLEMS])
