@@ -134,9 +134,11 @@ class Story:
 
     def report(self, rank: int, **fields: Any) -> None:
         """The agent of a rank's newest pod reports."""
-        pod = self.pod(rank)
-        known = self.heard.get(pod.uid)
-        base = known.report if known else idle_report(pod.uid, rank)
+        self._say(self.pod(rank).uid, **fields)
+
+    def _say(self, uid: str, **fields: Any) -> None:
+        known = self.heard.get(uid)
+        base = known.report if known else idle_report(uid, self.pods[uid].rank)
         if fields.get("generation", base.generation) != base.generation:  # what an agent forgets when another starts
             base = replace(base, heartbeat=None, progress=None, saves=None, resumed=None, exits=[])
         report = replace(base, **fields)
@@ -151,7 +153,7 @@ class Story:
                 step_at=self.now if advances else known.step_at,
                 step_seconds=took if advances else known.step_seconds,
             )
-        self.heard[pod.uid] = heard
+        self.heard[uid] = heard
 
     def pods_start(self, *ranks: int) -> None:
         """The kubelets have started these pods (all by default), and their agents report."""
@@ -171,6 +173,17 @@ class Story:
         for rank in ranks or range(len(self.job.status.gang.members)):
             heartbeat = Heartbeat(Phase.TRAINING, 1)
             self.report(rank, generation=self.generation, state=AgentState.RUNNING, heartbeat=heartbeat, exits=[])
+
+    def workers_train_all(self) -> None:
+        """The workers of all members train, whatever places their pods have."""
+        for member in self.job.status.gang.members:
+            self._say(member.uid, generation=self.generation, state=AgentState.RUNNING, exits=[])
+        self.go()
+
+    def fails(self, pod_name: str) -> None:
+        """The worker in this member's pod fails."""
+        member = next(member for member in self.job.status.gang.members if member.pod == pod_name)
+        self._say(member.uid, state=AgentState.FAILED, exits=[Exit(self.generation, member.rank, 1)])
 
     def worker_ends(
         self,

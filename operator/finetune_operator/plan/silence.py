@@ -6,8 +6,8 @@ for ``silent_seconds`` and nothing else explains that:
 - This process listens. An agent's silence begins when it was heard last, or when this process began to hear agents at all, whichever is
   later. So a new operator, a new leader and one whose network was away give every agent its full time again.
 - Some other agent, of any job, is heard. When all are silent it is the operator that hears nothing.
-- Its peers' steps do not advance. Ranks that train in step cannot go on without one, so a gang that advances has lost nobody. How long
-  a step may take is learned from the one before.
+- Its peers' steps do not advance. Ranks that train in step cannot go on without one, so a gang that advances has lost nobody. A step is
+  overdue after twice the time of the one before.
 
 Until then the truth is Unknown, and training goes on.
 """
@@ -95,7 +95,7 @@ def silence_ends_in(observed: Observation, gang: Gang, pods: list[PodView]) -> f
         return None
     left = []
     for pod in pods:
-        if pod.usable and _was_ever_heard(observed, gang, pod):
+        if pod.usable and (pod.node_lost or _was_ever_heard(observed, gang, pod)):
             limit = LATE_SECONDS if pod.node_lost else observed.silent_seconds
             remaining = limit - silent_seconds(observed, pod.uid)
             left.append(remaining if remaining > 0 else GATED_SECONDS)
@@ -132,20 +132,16 @@ def _is_watched(observed: Observation, gang: Gang, member: Member) -> bool:
 
 
 def _peers_advance(observed: Observation, gang: Gang, pod_uid: str) -> bool:
-    return any(
-        _advances(observed, gang, member, silent_seconds(observed, pod_uid))
-        for member in gang.members
-        if member.uid != pod_uid
-    )
+    return any(_advances(observed, gang, member) for member in gang.members if member.uid != pod_uid)
 
 
-def _advances(observed: Observation, gang: Gang, member: Member, silent: float) -> bool:
-    """Tell whether a member has done a step since another one fell silent, and not too long ago."""
+def _advances(observed: Observation, gang: Gang, member: Member) -> bool:
+    """Tell whether the next step of a member is not overdue."""
     heard = observed.heard.get(member.uid)
     if heard is None or heard.step_at is None or heard.report.generation != gang.generation:
         return False
     age = (observed.now - heard.step_at).total_seconds()
-    return age < min(silent, max(LATE_SECONDS, 2 * min(heard.step_seconds, LONGEST_STEP_SECONDS)))
+    return age < max(LATE_SECONDS, 2 * min(heard.step_seconds, LONGEST_STEP_SECONDS))
 
 
 def _last_heard(observed: Observation, pod_uid: str) -> str:
