@@ -108,6 +108,21 @@ WAITING = {
         "Unschedulable: rank 1 of 2: pod sentiment-aaaaa-1-1 cannot be scheduled: 0/3 nodes are available: 3 Insufficient cpu.",
         {"Reconciling"},
     ),
+    "a claim that there is not: stalled, for somebody has to make it": (
+        {"unschedulable": '0/3 nodes are available: persistentvolumeclaim "data" not found. not found'},
+        'ClaimMissing: rank 1 of 2: pod sentiment-aaaaa-1-1 cannot be scheduled: 0/3 nodes are available: persistentvolumeclaim "data" not found. not found',
+        {"Stalled"},
+    ),
+    "a registry that does not answer": (
+        {"containers": (ContainerView("agent", True, waiting_reason="RegistryUnavailable"),)},
+        "ImagePullFailed: rank 1 of 2: the image of container agent of pod sentiment-aaaaa-1-1 cannot be pulled: RegistryUnavailable",
+        {"Stalled"},
+    ),
+    "an init container that fails": (
+        {"containers": (ContainerView("agent", True, waiting_reason="CrashLoopBackOff", last_exit_code=1, last_exit_reason="Error"),)},
+        "StartFailed: rank 1 of 2: container agent of pod sentiment-aaaaa-1-1 does not start: CrashLoopBackOff (ended with 1: Error)",
+        {"Stalled"},
+    ),
     "an image that cannot be pulled: stalled, for somebody has to act": (
         {"containers": (ContainerView("trainer", False, waiting_reason="ImagePullBackOff", waiting_message="not found"),)},
         "ImagePullFailed: rank 1 of 2: the image of container trainer of pod sentiment-aaaaa-1-1 cannot be pulled: not found",
