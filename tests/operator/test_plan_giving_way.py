@@ -181,8 +181,9 @@ def test_half_a_quota_is_given_back_too() -> None:
     assert [pod.name for pod in story.go().delete] == ["sentiment-aaaaa-0-1"]
 
 
-def body_of(story: Story, name: str, created: int) -> dict[str, Any]:
-    metadata = {"namespace": "team-a", "name": name, "creationTimestamp": f"2026-01-01T12:00:{created:02}Z"}
+def body_of(story: Story, name: str, created: int, **more: str) -> dict[str, Any]:
+    created_at = f"2026-01-01T12:00:{created:02}Z"
+    metadata = {"namespace": "team-a", "name": name, "creationTimestamp": created_at} | more
     status = story.job.status.to_wire() if story.job.status else None
     return {"metadata": metadata, "spec": {"suspend": story.job.spec.suspend}, "status": status}
 
@@ -204,9 +205,17 @@ def test_who_waits() -> None:
     assert is_waiting(body_of(story, "a", 0), pods[:1], refused=True)
     story.edit(suspend=True)
     assert not is_waiting(body_of(story, "a", 0), pods, refused=False)
+    story.edit(suspend=False)
+    assert not is_waiting(body_of(story, "a", 0, deletionTimestamp="2026-01-01T12:00:00Z"), pods, refused=False)
+    ended = body_of(story, "a", 0)
+    ended["status"]["completionTime"] = "2026-01-01T12:00:00Z"
+    assert not is_waiting(ended, pods, refused=False), "the pods of a job that has failed may stay for their logs"
     running = Story("workers: {spares: 1}").trains()
     running.change(2, unschedulable=NO_ROOM)
     assert not is_waiting(body_of(running, "a", 0), tuple(running.pods.values()), refused=False), "only for a spare"
+    running.vanish(1)
+    running.go()
+    assert not is_waiting(body_of(running, "a", 0), tuple(running.pods.values()), refused=False), "still only for it"
 
 
 # All of them together: some places, a scheduler that fills them in any order, and jobs that each fit alone.

@@ -145,7 +145,7 @@ async def test_half_a_gang_sees_who_else_waits_and_gives_way_to_who_goes_first()
     placed = next(copy.deepcopy(pod) for pod in cluster.pods() if pod["metadata"]["uid"] == one)
     cluster.api.store(PODS, placed | {"spec": placed["spec"] | {"nodeName": "node-1"}})
     other = job_body(name="other", uid="bbbbbbbb", creationTimestamp="2026-01-01T11:59:59Z")
-    cluster.cache.observe_job(other)
+    cluster.cache.observe_job(other | {"status": {"gang": {"generation": 1, "nodes": 2}}})
     owner = [placed["metadata"]["ownerReferences"][0] | {"name": "other", "uid": "bbbbbbbb"}]
     others_pod = {"name": "other-0", "uid": "others", "resourceVersion": "1", "ownerReferences": owner}
     waiting = placed | {"metadata": placed["metadata"] | others_pod, "status": {"conditions": no_room}}

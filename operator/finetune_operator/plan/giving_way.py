@@ -42,10 +42,13 @@ def turn_of(body: Mapping[str, Any]) -> Turn:
 
 def is_waiting(body: Mapping[str, Any], pods: Iterable[PodView], *, refused: bool) -> bool:
     """Tell whether a job's gang cannot be placed now: a pod fits nowhere, or the quota refuses one. Its spares do not count."""
-    gang = (body.get("status") or {}).get("gang") or {}
+    status = body.get("status") or {}
+    gang = status.get("gang") or {}
     if gang.get("members") or body["spec"].get("suspend"):
         return False
-    return refused or any(pod.usable and pod.unschedulable for pod in pods)
+    if "completionTime" in status or "deletionTimestamp" in body["metadata"]:
+        return False
+    return refused or any(pod.usable and pod.unschedulable and pod.rank < gang.get("nodes", 0) for pod in pods)
 
 
 def find_reason_to_give_back(
