@@ -5,6 +5,7 @@ The control plane calls a node not ready about 20 s after the cut. Jobs here ask
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.contract import LEADER_LABEL
 from tests.cluster.cluster import Cluster
 from tests.cluster.installation import RELEASE, SYSTEM_NAMESPACE
 from tests.cluster.jobs import Job, submit
@@ -79,15 +81,14 @@ def nodes_of(job: Job) -> dict[str, str]:
 
 
 def a_member_to_lose(job: Job) -> dict[str, Any]:
-    """A member that shares its node neither with the operator, nor with another pod of the job, if any is so lucky."""
-    path = "jsonpath={.items[*].spec.nodeName}"
-    taken = job.cluster.kubectl("get", "pods", "-n", SYSTEM_NAMESPACE, "-o", path).split()
-    nodes = nodes_of(job)
+    """A member that shares its node neither with the operator that leads, nor with another pod of the job."""
+    operators = json.loads(job.cluster.kubectl("get", "pods", "-n", SYSTEM_NAMESPACE, "-o", "json"))["items"]
+    leaders = [pod for pod in operators if LEADER_LABEL in pod["metadata"]["labels"]] or operators
+    taken, nodes = [pod["spec"]["nodeName"] for pod in leaders], nodes_of(job)
     members = job.status()["gang"]["members"]
     free = [member for member in members if nodes[member["pod"]] not in taken]
     alone = [member for member in free if list(nodes.values()).count(nodes[member["pod"]]) == 1]
-    if not alone:
-        pytest.skip(f"the scheduler left no pod alone on a node without the operator: {nodes}, operator on {taken}")
+    assert alone, f"no member is alone on a node without the operator: {nodes}, operator on {taken}"
     return alone[-1]
 
 

@@ -34,7 +34,7 @@ class Hearing:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a job cannot be started as it is written: something that only the operator can see."""
+    """What is wrong, in a word and in a sentence."""
 
     reason: str
     message: str

@@ -12,11 +12,9 @@ for ``silent_seconds`` and nothing else explains that:
 Until then the truth is Unknown, and training goes on.
 """
 
-from dataclasses import dataclass
-
 from finetune_api.protocol import AgentState
 from finetune_api.status import Gang, Member
-from finetune_operator.plan.observation import Observation, timestamp
+from finetune_operator.plan.observation import Observation, Problem, timestamp
 from finetune_operator.views import PodView
 
 NODE_LOST, POD_SILENT = "NodeLost", "PodSilent"
@@ -25,35 +23,21 @@ LONGEST_STEP_SECONDS = 150.0  # two of them without an advance are a gang that s
 GATED_SECONDS = 10.0  # how often one that should be lost by time alone is looked at
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Why a pod is taken for lost although it is still there."""
-
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Doubt:
-    """Why nobody knows whether a gang trains."""
-
-    reason: str
-    message: str
-
-
-def find_loss(observed: Observation, gang: Gang, pod: PodView) -> Loss | None:
+def find_loss(observed: Observation, gang: Gang, pod: PodView) -> Problem | None:
     """Return why a pod that should be running is lost, or None."""
     if not pod.usable:
         return None
     silent = silent_seconds(observed, pod.uid)
     if pod.node_lost and not observed.most_nodes_lost and silent >= LATE_SECONDS:
-        return Loss(NODE_LOST, f"node {pod.node} is not ready, and the agent of pod {pod.name} on it is silent")
+        return Problem(NODE_LOST, f"node {pod.node} is not ready, and the agent of pod {pod.name} on it is silent")
     if silent < observed.silent_seconds or not _was_ever_heard(observed, gang, pod):
         return None
     if is_deaf(observed) or _peers_advance(observed, gang, pod.uid):
         return None
     since = _last_heard(observed, pod.uid)
-    return Loss(POD_SILENT, f"the agent of pod {pod.name} on node {pod.node} is silent since {since}; others are heard")
+    return Problem(
+        POD_SILENT, f"the agent of pod {pod.name} on node {pod.node} is silent since {since}; others are heard"
+    )
 
 
 def is_at_hand(observed: Observation, pod: PodView) -> bool:
@@ -64,7 +48,7 @@ def is_at_hand(observed: Observation, pod: PodView) -> bool:
     return (observed.now - heard.at).total_seconds() <= LATE_SECONDS
 
 
-def find_doubt(observed: Observation, gang: Gang) -> Doubt | None:
+def find_doubt(observed: Observation, gang: Gang) -> Problem | None:
     """Return why it is not known how a member is, or None: it has been silent for too long, and that need not be its own fault."""
     for member in _watched(observed, gang):
         if silent_seconds(observed, member.uid) < observed.silent_seconds:
@@ -72,12 +56,12 @@ def find_doubt(observed: Observation, gang: Gang) -> Doubt | None:
         if is_deaf(observed):
             assert observed.hearing is not None
             since = timestamp(observed.hearing.at)
-            return Doubt(
+            return Problem(
                 "NoAgentHeard", f"no agent of any job has been heard since {since}; training needs no operator"
             )
         since = _last_heard(observed, member.uid)
         why = f"the agent of pod {member.pod} (rank {member.rank}) is silent since {since}"
-        return Doubt("AgentSilent", f"{why}, while its peers' steps advance")
+        return Problem("AgentSilent", f"{why}, while its peers' steps advance")
     return None
 
 
