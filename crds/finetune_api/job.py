@@ -153,7 +153,7 @@ class Workers(ApiModel):
     resources: Resources = Field(default_factory=Resources)
     """What each training pod asks for."""
     spares: int = Field(default=0, ge=0, le=64)
-    """Warm pods beyond nodes, which take a lost rank's place at once."""
+    """Warm pods beyond nodes, which take a lost rank's place at once and are replaced behind."""
     profile: ObjectName = "default"
     """An administrator's named bundle: image, placement, fabric, priority."""
 
@@ -205,7 +205,7 @@ class FineTuneJobSpec(ApiModel):
     suspend: bool = False
     """Stop after a save and give the pods back, until set to false again."""
     pending_deadline_seconds: int | None = Field(default=None, ge=1, le=31536000)
-    """Give back half a gang when the other half cannot be placed within this time, and try again later."""
+    """Give all pods back when the gang is not complete within this time, and try again later. See docs/recovery.md."""
     active_deadline_seconds: int | None = Field(default=None, ge=1, le=315360000)
     """Fail the job when it has run this long since its first start."""
     pod_ttl_seconds_after_finished: int | None = Field(

@@ -67,6 +67,19 @@ class Member(StatusModel):
     """Identity of that pod."""
 
 
+class AvoidedNode(StatusModel):
+    """A node on which a pod of the gang was lost or its devices failed. Its pods are created elsewhere if they can be, for an hour."""
+
+    pod: str = Field(max_length=253)
+    """The pod; it is not used again."""
+    node: str = Field(max_length=253)
+    """Where it was."""
+    reason: str = Field(max_length=64)
+    """Why, in one word."""
+    time: str = Field(json_schema_extra={"format": "date-time"})
+    """When that was decided."""
+
+
 class Gang(StatusModel):
     """One incarnation of the gang. Committed before any agent is told, never told before."""
 
@@ -78,6 +91,10 @@ class Gang(StatusModel):
     """Ranks in each member."""
     ready: int = Field(default=0, ge=0)
     """How many members report that they run it."""
+    spares: int | None = Field(default=None, ge=0)
+    """How many warm pods stand by; absent for a job without spares."""
+    mint_time: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """When its number was minted."""
     start_time: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
     """When its members were committed."""
     master_address: str | None = Field(default=None, max_length=64)
@@ -86,6 +103,10 @@ class Gang(StatusModel):
     """Where its ranks meet."""
     members: list[Member] = Field(default_factory=list, max_length=2048, json_schema_extra={"x-list-key": "rank"})
     """Who is in it; empty while it is being assembled."""
+    stand_ins: list[Member] = Field(default_factory=list, max_length=2048, json_schema_extra={"x-list-key": "rank"})
+    """Spares that have taken a lost rank's place, and keep it."""
+    avoid_nodes: list[AvoidedNode] = Field(default_factory=list, max_length=16, json_schema_extra={"x-list-key": "pod"})
+    """Nodes that new pods of the gang are kept away from."""
 
 
 class JobProgress(StatusModel):

@@ -51,6 +51,13 @@ class Cache:
         entry = self._pods.get(uid)
         return entry.value if entry else None
 
+    def most_nodes_lost(self) -> bool:
+        """Tell whether of the nodes with pods more than one, and most, are not ready: the control plane may be what is cut off."""
+        pods = [entry.value for entry in self._pods.values() if entry.value.node and not entry.value.ended]
+        nodes = {pod.node for pod in pods}
+        lost = len(nodes - {pod.node for pod in pods if not pod.node_lost})
+        return lost > 1 and 2 * lost > len(nodes)
+
     def pod_uids(self) -> set[str]:
         """Return the uids of all pods."""
         return set(self._pods)

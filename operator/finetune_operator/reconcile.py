@@ -6,8 +6,9 @@ which the job server derives from the status that the API server has acknowledge
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -17,6 +18,7 @@ from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.api import CONFIG_MAPS, JOBS, NETWORK_POLICIES, PODS, KubeApi
 from finetune_operator.kube.errors import Conflict, Forbidden, Invalid, NotFound
 from finetune_operator.plan.admission import find_problem
+from finetune_operator.plan.giving_way import QUOTA, Turn, is_waiting, turn_of
 from finetune_operator.plan.lifecycle import plan_job
 from finetune_operator.plan.observation import NewPod, Observation, Problem
 from finetune_operator.render.config import render_config
@@ -67,7 +69,7 @@ class Reconciler:
         except ValidationError as error:
             logger.error("%s/%s cannot be read by this version: %s", *key, error)  # noqa: TRY400  no traceback needed
             return None
-        observed = self._observe(job)
+        observed = self._observe(job, body)
         plan = plan_job(observed)
         try:
             again = await self._status.write(job, plan.status, self._clock(), on_written=self._take_status)
@@ -93,21 +95,41 @@ class Reconciler:
         self._obstacles.pop(job_uid, None)
         self._status.forget(job_uid)
 
-    def _observe(self, job: FineTuneJob) -> Observation:
+    def _observe(self, job: FineTuneJob, body: Mapping[str, Any]) -> Observation:
         # An owner reference is anybody's to write: a pod of another namespace has no place here.
         pods = tuple(pod for pod in self._cache.pods_of(job.metadata.uid) if pod.namespace == job.metadata.namespace)
         heard = self._reports.heard
         uids = {pod.uid for pod in pods}
         if job.status is not None and job.status.gang is not None:
             uids |= {member.uid for member in job.status.gang.members}  # the last word of one that is gone counts
+        waits = self._is_refused(job.metadata.uid) or any(pod.unschedulable for pod in pods)
+        own, others = turn_of(body), self._turns_of_waiting_jobs(job.metadata.uid) if waits else []
         return Observation(
             job=job,
             pods=pods,
             heard={uid: heard[uid] for uid in uids if uid in heard},
             problem=find_problem(job, self._settings),
             obstacle=self._obstacles.get(job.metadata.uid),
+            hearing=self._reports.hearing,
+            silent_seconds=self._settings.silent_seconds,
+            most_nodes_lost=any(pod.node_lost for pod in pods) and self._cache.most_nodes_lost(),
+            senior_waits=any(turn < own for turn in others),
+            junior_waits=any(turn > own for turn in others),
             now=self._clock(),
         )
+
+    def _turns_of_waiting_jobs(self, uid: str) -> list[Turn]:
+        """Return the places in the line of the other jobs that cannot be placed."""
+        return [
+            turn_of(body)
+            for body in self._cache.jobs()
+            if (other := body["metadata"]["uid"]) != uid
+            and is_waiting(body, self._cache.pods_of(other), refused=self._is_refused(other))
+        ]
+
+    def _is_refused(self, job_uid: str) -> bool:
+        obstacle = self._obstacles.get(job_uid)
+        return obstacle is not None and obstacle.reason == QUOTA
 
     def _take_status(self, body: dict[str, object]) -> None:
         key = self._cache.observe_job(body)
@@ -150,7 +172,7 @@ class Reconciler:
             if job.metadata.uid not in owners:
                 return Problem("NameTaken", f"pod {name} exists and is not this job's; delete it")
         except (Forbidden, Invalid) as error:
-            reason = "QuotaExceeded" if "exceeded quota" in str(error) else "PodRefused"
+            reason = QUOTA if "exceeded quota" in str(error) else "PodRefused"
             return Problem(reason, f"the API server refuses the pod: {error}")
         return None
 

@@ -47,6 +47,7 @@ class PodView:
     unschedulable: str = ""
     disruption: str = ""
     memory_limit: str = ""  # of its trainer
+    node_lost: bool = False  # its node is not ready
     containers: tuple[ContainerView, ...] = ()
     resource_version: str = ""
 
@@ -88,9 +89,12 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
         deleting="deletionTimestamp" in metadata,
         grace_ends=metadata.get("deletionTimestamp", ""),
         scheduled=scheduled.get("status") == "True",
-        unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
+        unschedulable=(scheduled.get("message") or scheduled.get("reason", ""))
+        if scheduled.get("status") == "False"
+        else "",
         disruption=conditions.get("DisruptionTarget", {}).get("reason", ""),
         memory_limit=_memory_limit(spec),
+        node_lost=_is_marked_not_ready(conditions),
         containers=(
             *(_container(item, is_init=True) for item in status.get("initContainerStatuses", ())),
             *(_container(item, is_init=False) for item in status.get("containerStatuses", ())),
@@ -104,6 +108,16 @@ def _memory_limit(spec: Mapping[str, Any]) -> str:
         if item["name"] == contract.TRAINER_CONTAINER:
             return str(item.get("resources", {}).get("limits", {}).get("memory", ""))
     return ""
+
+
+def _is_marked_not_ready(conditions: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Tell whether the node lifecycle controller has said of a pod that its node is not ready; so nobody has to watch nodes.
+
+    It turns Ready to False and touches nothing else (``MarkPodsNotReady``, pkg/controller/util/node in 1.34), while a kubelet says Ready
+    and ContainersReady alike, for a pod without readiness gates, and gives a reason.
+    """
+    ready, containers = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
+    return ready.get("status") == "False" and not ready.get("reason") and containers.get("status") == "True"
 
 
 def _container(item: Mapping[str, Any], *, is_init: bool) -> ContainerView:

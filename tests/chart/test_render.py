@@ -84,7 +84,7 @@ def test_the_operator_reads_its_configuration(name: str) -> None:
                     "profiles",
                 )
             },
-            **{field: values[field] for field in ("workers", "progressSeconds")},
+            **{field: values[field] for field in ("workers", "progressSeconds", "silentSeconds")},
         }
     )
 
@@ -209,6 +209,7 @@ def test_nobody_gets_everything() -> None:
         ("watchNamespaces={Team}", ("/watchNamespaces/0",)),
         ("workers=0", ("/workers", "minimum")),
         ("progressSeconds=-1", ("/progressSeconds", "minimum")),
+        ("silentSeconds=5", ("/silentSeconds", "minimum")),
         ("crds.keep=maybe", ("/crds/keep", "boolean")),
         ("resources.claims=1", ("/resources", "'claims'", "not allowed")),
         ("replicas=2", ("replicas", "not allowed")),

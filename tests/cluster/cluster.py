@@ -272,6 +272,15 @@ class Cluster:
     def heal_node(self, name: str) -> None:
         self.network.heal(self.node(name).index)
 
+    def drop_forwarded(self, port: int) -> None:
+        """Nobody reaches a pod at this TCP port any more; open connections fall silent too."""
+        for node in self.nodes():
+            self.network.drop_forwarded(node.index, port)
+
+    def forward_again(self, port: int) -> None:
+        for node in self.nodes():
+            self.network.forward_again(node.index, port)
+
     def kill_kubelet(self, name: str) -> None:
         self.node(name).kubelet().end()
 

@@ -92,6 +92,13 @@ class Network:
     def heal(self, index: int) -> None:
         self._in(self.host, "ip", "link", "set", f"veth{index}", "up")
 
+    def drop_forwarded(self, index: int, port: int) -> None:
+        """Drop what comes through a node to a TCP port of a pod."""
+        self._in(self.node(index), "iptables", "--wait", "--insert", "FORWARD", *_to(port))
+
+    def forward_again(self, index: int, port: int) -> None:
+        self._in(self.node(index), "iptables", "--wait", "--delete", "FORWARD", *_to(port))
+
     def remove(self) -> None:
         """Remove whatever of it exists; a namespace goes for good once the last process in it has gone."""
         with suppress(ClusterError):
@@ -113,6 +120,10 @@ class Network:
 
     def _in(self, namespace: str, *argv: str) -> str:
         return run(["nsenter", f"--net={_NAMESPACES / namespace}", *argv])
+
+
+def _to(port: int) -> tuple[str, ...]:
+    return ("--protocol", "tcp", "--destination-port", str(port), "--jump", "DROP")
 
 
 def _raise_inotify_limits() -> None:

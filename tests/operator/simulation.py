@@ -56,6 +56,7 @@ class SimulatedAgent:
     exits: list[Exit] = field(default_factory=list)
     finished: bool = False
     leaving: bool = False
+    cut: bool = False  # its node cannot be reached: it runs on, and nobody hears of it
     rank: int = 0
     checkpoint: Checkpoint | None = None
     saves_now: Saves | None = None
@@ -186,6 +187,7 @@ class Cluster:
 
     def change_pod(self, uid: str, **status: Any) -> None:
         body = next(copy.deepcopy(pod) for pod in self.pods() if pod["metadata"]["uid"] == uid)
+        body["spec"]["nodeName"] = f"node-of-{uid}"
         body["status"] |= status
         self.api.store(PODS, body)
 
@@ -222,13 +224,24 @@ class Cluster:
             uid, containerStatuses=[{"name": "trainer", "state": state, "lastState": last, "restartCount": 1}]
         )
 
+    def cut(self, uid: str) -> None:
+        """The node of a pod is cut off, and the node lifecycle controller has said so."""
+        self.agents[uid].cut = True
+        ready = {"type": "Ready", "status": "False"}
+        self.change_pod(uid, conditions=[ready, {"type": "ContainersReady", "status": "True"}])
+
+    def heal(self, uid: str) -> None:
+        """The node is back."""
+        self.agents[uid].cut = False
+        self.change_pod(uid, conditions=[])
+
     # Agents and the job server.
 
     def talk(self, uid: str) -> bool:
         """An agent reports and obeys the order that this operator process gives it; tell whether it had news."""
         agent = self.agents[uid]
         pod = self.cache.pod(uid)
-        if pod is None:
+        if pod is None or agent.cut:
             return False  # 404: not known (yet)
         news = self.reports.hear(agent.report())
         body = self.cache.job(KEY)
@@ -259,6 +272,8 @@ class Cluster:
         """Start what is to be started, remove what is to be removed."""
         for pod in self.pods():
             uid, phase = pod["metadata"]["uid"], pod["status"].get("phase")
+            if uid in self.agents and self.agents[uid].cut:
+                continue
             if "deletionTimestamp" in pod["metadata"]:
                 self.end_pod(uid)
             elif phase == "Pending":

@@ -15,7 +15,7 @@ from finetune_api.job import FineTuneJob
 from finetune_api.protocol import AgentState, Exit, Heartbeat, Order, Phase, Report
 from finetune_api.status import JobStatus
 from finetune_operator.plan.lifecycle import plan_job
-from finetune_operator.plan.observation import Heard, Observation, Plan, Problem, timestamp
+from finetune_operator.plan.observation import Heard, Hearing, Observation, Plan, Problem, timestamp
 from finetune_operator.plan.orders import order_for
 from finetune_operator.render.names import pod_name
 from finetune_operator.views import ContainerView, PodView
@@ -33,6 +33,8 @@ class Story:
         self.heard: dict[str, Heard] = {}
         self.problem: Problem | None = None
         self.obstacle: Problem | None = None
+        self.hearing: Hearing | None = None
+        self.flags: dict[str, bool] = {}  # what is known of other jobs and of nodes
         self.now = NOON
         self._pods_made = 0
 
@@ -47,6 +49,8 @@ class Story:
             problem=self.problem,
             obstacle=self.obstacle,
             now=self.now,
+            hearing=self.hearing,
+            **self.flags,
         )
         return plan_job(observed)
 
@@ -104,19 +108,52 @@ class Story:
         """Time passes."""
         self.now += timedelta(seconds=seconds)
 
+    def listens(self) -> "Story":
+        """From now on silence means something: this process hears agents, of this job or others."""
+        self.hearing = Hearing(since=self.now, at=self.now)
+        return self
+
+    def passes(self, seconds: int, *ranks: int, others: bool = True, step: int | None = None) -> Plan:
+        """So many seconds, one at a time: the agents of these ranks talk, ``others`` are heard, the operator acts when it said it would."""
+        plan = self.go()
+        look_at = self.now + timedelta(seconds=plan.look_again_seconds or 10**6)
+        for _ in range(seconds):
+            self.wait(1)
+            for rank in ranks:
+                known = self.heard[self.pod(rank).uid].report.heartbeat
+                beat = {"heartbeat": Heartbeat(Phase.TRAINING, known.step + step)} if known and step else {}
+                self.report(rank, **beat)
+            if self.hearing and (others or ranks):
+                self.hearing = replace(self.hearing, at=self.now)
+            if self.now >= look_at:
+                plan = self.go()
+                look_at = self.now + timedelta(seconds=plan.look_again_seconds or 10**6)
+        return plan
+
     # What agents say.
 
     def report(self, rank: int, **fields: Any) -> None:
         """The agent of a rank's newest pod reports."""
-        pod = self.pod(rank)
-        known = self.heard.get(pod.uid)
-        base = known.report if known else idle_report(pod.uid, rank)
+        self._say(self.pod(rank).uid, **fields)
+
+    def _say(self, uid: str, **fields: Any) -> None:
+        known = self.heard.get(uid)
+        base = known.report if known else idle_report(uid, self.pods[uid].rank)
         if fields.get("generation", base.generation) != base.generation:  # what an agent forgets when another starts
             base = replace(base, heartbeat=None, progress=None, saves=None, resumed=None, exits=[])
         report = replace(base, **fields)
         same = known is not None and (known.report.state, known.report.generation) == (report.state, report.generation)
         since = known.since if same and known else self.now
-        self.heard[pod.uid] = Heard(report=report, since=since, at=self.now)
+        heard = Heard(report=report, since=since, at=self.now)
+        if known and report.heartbeat and known.report.heartbeat:
+            advances = report.heartbeat.step > known.report.heartbeat.step
+            took = (self.now - known.step_at).total_seconds() if known.step_at else 0.0
+            heard = replace(
+                heard,
+                step_at=self.now if advances else known.step_at,
+                step_seconds=took if advances else known.step_seconds,
+            )
+        self.heard[uid] = heard
 
     def pods_start(self, *ranks: int) -> None:
         """The kubelets have started these pods (all by default), and their agents report."""
@@ -136,6 +173,17 @@ class Story:
         for rank in ranks or range(len(self.job.status.gang.members)):
             heartbeat = Heartbeat(Phase.TRAINING, 1)
             self.report(rank, generation=self.generation, state=AgentState.RUNNING, heartbeat=heartbeat, exits=[])
+
+    def workers_train_all(self) -> None:
+        """The workers of all members train, whatever places their pods have."""
+        for member in self.job.status.gang.members:
+            self._say(member.uid, generation=self.generation, state=AgentState.RUNNING, exits=[])
+        self.go()
+
+    def fails(self, pod_name: str) -> None:
+        """The worker in this member's pod fails."""
+        member = next(member for member in self.job.status.gang.members if member.pod == pod_name)
+        self._say(member.uid, state=AgentState.FAILED, exits=[Exit(self.generation, member.rank, 1)])
 
     def worker_ends(
         self,

@@ -236,3 +236,71 @@ def test_what_is_seen_of_a_pod() -> None:
         2,
         False,
     )
+
+
+# Nodes, as far as pods show them.
+
+
+def conditions(ready: tuple[str, str], containers: str) -> list[dict[str, str]]:
+    return [
+        {"type": "Ready", "status": ready[0], "reason": ready[1]},
+        {"type": "ContainersReady", "status": containers, "reason": "" if containers == "True" else ready[1]},
+    ]
+
+
+READY = {
+    "a pod that runs": (conditions(("True", ""), "True"), False),
+    "a pod whose node is not ready, as the node lifecycle controller marks it": (
+        conditions(("False", ""), "True"),
+        True,
+    ),
+    "a pod whose containers are not ready, as the kubelet says it": (
+        conditions(("False", "ContainersNotReady"), "False"),
+        False,
+    ),
+    "a pod that has ended": (conditions(("False", "PodCompleted"), "False"), False),
+    "a pod with a readiness gate that somebody has added": (
+        conditions(("False", "ReadinessGatesNotReady"), "True"),
+        False,
+    ),
+    "a pod that is not there yet": ([], False),
+}
+
+
+@pytest.mark.parametrize(("said", "lost"), READY.values(), ids=READY.keys())
+def test_a_node_that_is_not_ready_shows_in_its_pods(said: list[dict[str, str]], lost: bool) -> None:
+    body = pod(1)
+    body["status"]["conditions"] = said
+    view = pod_view(body)
+    assert view is not None
+    assert view.node_lost == lost
+
+
+NODES = {
+    "none": ("a b", False),
+    "the only one there is": ("a*", False),
+    "one of two": ("a* b", False),
+    "two of four": ("a* b* c d", False),
+    "two of three": ("a* b* c", True),
+    "all": ("a* b*", True),
+    "one that has a pod which is well": ("a* a b*", False),
+}
+
+
+@pytest.mark.parametrize(("nodes", "most"), NODES.values(), ids=NODES.keys())
+def test_most_nodes_are_lost(nodes: str, most: bool) -> None:
+    cache = Cache()
+    for number, node in enumerate(nodes.split()):
+        body = pod(1, f"pod-{number}", phase="Running") | {"spec": {"nodeName": node.rstrip("*")}}
+        body["status"]["conditions"] = conditions(("False" if "*" in node else "True", ""), "True")
+        cache.observe_pod(body)
+    assert cache.most_nodes_lost() == most
+
+
+def test_pods_that_have_ended_say_nothing_of_their_nodes() -> None:
+    cache = Cache()
+    for number, phase in enumerate(("Running", "Running", "Succeeded")):
+        body = pod(1, f"pod-{number}", phase=phase) | {"spec": {"nodeName": f"node-{number}"}}
+        body["status"]["conditions"] = conditions(("False", ""), "True")
+        cache.observe_pod(body)
+    assert cache.most_nodes_lost()

@@ -31,39 +31,69 @@ async def survive(cluster: Cluster) -> None:
             return
 
 
+async def scene(cluster: Cluster) -> str:
+    """Settle, and return what is to be seen."""
+    await survive(cluster)
+    cluster.check()
+    status = cluster.status
+    conditions = sorted(c["type"] for c in status.get("conditions", ()) if c["status"] == "True")
+    attempts = [(attempt["generation"], attempt["reason"]) for attempt in status.get("attempts", ())]
+    pods = sorted(pod["metadata"]["name"] for pod in cluster.pods())
+    # and not when: a new operator needs time to miss somebody
+    restarts = {entry["reason"]: entry["used"] for entry in (status.get("restarts") or {}).get("byReason", ())}
+    others = sorted(f"{plural}/{name}" for plural, _, name in cluster.api.objects if plural != "pods")
+    return f"{cluster.phase} {cluster.generation} {conditions} {attempts} {restarts} {pods} {others}"
+
+
 async def live(cluster: Cluster) -> list[str]:
     """Play a job's life; return what was to be seen of it on the way."""
-    seen = []
-
-    async def scene() -> None:
-        await survive(cluster)
-        cluster.check()
-        status = cluster.status
-        conditions = sorted(c["type"] for c in status.get("conditions", ()) if c["status"] == "True")
-        attempts = [(attempt["generation"], attempt["reason"]) for attempt in status.get("attempts", ())]
-        restarts = {entry["reason"]: entry["used"] for entry in status.get("restarts", {}).get("byReason", ())}
-        pods = sorted(pod["metadata"]["name"] for pod in cluster.pods())
-        others = sorted(f"{plural}/{name}" for plural, _, name in cluster.api.objects if plural != "pods")
-        seen.append(f"{cluster.phase} {cluster.generation} {conditions} {attempts} {restarts} {pods} {others}")
-
-    await scene()
+    seen = [await scene(cluster)]
     uid = status_members(cluster)[1]
     cluster.agents[uid].worker_ends(71, message="WORLD_SIZE is 3")
-    await scene()
+    seen.append(await scene(cluster))
     cluster.wait(100)
     cluster.remove_pod(status_members(cluster)[0])
-    await scene()
+    seen.append(await scene(cluster))
     cluster.edit(suspend=True)
-    await scene()
+    seen.append(await scene(cluster))
     cluster.edit(suspend=False)
-    await scene()
+    seen.append(await scene(cluster))
     cluster.train()
-    await scene()
+    seen.append(await scene(cluster))
     cluster.wait(101)
-    await scene()
+    seen.append(await scene(cluster))
     cluster.wait(1000)
-    await scene()
+    seen.append(await scene(cluster))
     return seen
+
+
+async def lose_nodes(cluster: Cluster) -> list[str]:
+    """Play the life of a job with a spare that loses two nodes, the second one while it has no spare and is then suspended."""
+    seen = [await scene(cluster)]
+    for _ in range(2):
+        cluster.cut(status_members(cluster)[1])
+        await a_while(cluster)
+        seen.append(await scene(cluster))
+        cluster.edit(workers={"nodes": 2, "spares": 0})
+        await survive(cluster)
+    cluster.edit(suspend=True)
+    await a_while(cluster)
+    seen.append(await scene(cluster))
+    cluster.edit(suspend=False)
+    seen.append(await scene(cluster))
+    for uid in [uid for uid, agent in cluster.agents.items() if agent.cut]:
+        cluster.heal(uid)
+    seen.append(await scene(cluster))
+    cluster.train()
+    seen.append(await scene(cluster))
+    return seen
+
+
+async def a_while(cluster: Cluster) -> None:
+    """Everybody who can be heard is, again and again: enough for a new operator to miss who cannot."""
+    for _ in range(10):
+        cluster.wait(8)
+        await survive(cluster)
 
 
 def status_members(cluster: Cluster) -> list[str]:
@@ -98,18 +128,41 @@ async def test_a_whole_life_without_a_crash() -> None:
     assert set(cluster.api.pods_created.values()) == {1}
 
 
+async def test_a_whole_life_with_lost_nodes_without_a_crash() -> None:
+    seen = await lose_nodes(Cluster("workers: {spares: 1}"))
+    gone = "'sentiment-aaaaa-1-1'"  # deleted, and there for as long as its node is away
+    first, spare, refill = "'sentiment-aaaaa-0-1'", "'sentiment-aaaaa-2-1'", "'sentiment-aaaaa-3-2'"
+    assert [line.split(" [", 1)[0] for line in seen] == [
+        "Running 1", "Running 2", "Running 3", "Suspended 4", "Running 4", "Running 4", "Succeeded 4",
+    ]  # fmt: skip
+    assert f"[{first}, {gone}, {spare}, {refill}]" in seen[1]
+    assert "[(1, 'NodeLost'), (2, 'PodSilent')]" in seen[2], (
+        "two of three nodes: that alone may be the control plane's trouble"
+    )
+    assert f"[{gone}, {spare}]" in seen[3]
+    assert "'Suspended'" in seen[3]
+    assert "['sentiment-aaaaa-0-4', 'sentiment-aaaaa-1-4']" in seen[-1], (
+        "those that were lost are gone, and nothing else"
+    )
+
+
+LIVES = {"fails, loses a pod, is suspended": (live, SPEC), "loses nodes": (lose_nodes, "workers: {spares: 1}")}
+
+
+@pytest.mark.parametrize(("play", "spec"), LIVES.values(), ids=LIVES.keys())
 @pytest.mark.parametrize("how", ["dies after", "gets no answer to", "is refused"])
-async def test_an_operator_that_fails_at_any_write_reaches_the_same_end(how: str) -> None:
-    expected, cluster = await undisturbed()
+async def test_an_operator_that_fails_at_any_write_reaches_the_same_end(how: str, play, spec: str) -> None:
+    cluster = Cluster(spec)
+    expected = await play(cluster)
     total = len(cluster.api.writes)
     assert total > 20
     for k in range(total):
-        cluster = Cluster(SPEC)
+        cluster = Cluster(spec)
         if how == "dies after":
             cluster.api.crash_after = k
         else:
             _fail_at(cluster, k, "lost" if how == "gets no answer to" else "refused")
-        seen = await live(cluster)
+        seen = await play(cluster)
         assert seen == expected, f"an operator that {how} write {k}"
         assert set(cluster.api.pods_created.values()) == {1}, "each place is filled once for each generation"
 

@@ -206,6 +206,20 @@ def to_wire_order(**members: Any) -> dict[str, Any]:
     return base | members
 
 
+async def test_a_question_is_heard_when_it_comes_and_not_for_as_long_as_it_waits(scene: Scene) -> None:
+    await scene.report()
+    before = scene.reports.heard[POD].at
+    scene.commit(committed())
+    await scene.poll(known_action="Wait", known_generation=0)
+    assert scene.reports.heard[POD].at > before
+    waiting = asyncio.create_task(scene.poll(known_action="Run", known_generation=1))
+    await asyncio.sleep(0.1)
+    asked = scene.reports.heard[POD].at
+    await asyncio.sleep(0.1)
+    assert scene.reports.heard[POD].at == asked
+    waiting.cancel()
+
+
 async def test_a_report_that_says_nothing_new_is_no_news(scene: Scene) -> None:
     await scene.report()
     await scene.report()

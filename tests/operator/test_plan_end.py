@@ -34,10 +34,13 @@ def test_a_job_succeeds_when_every_member_has_and_shows_its_result() -> None:
         nodes: 2
         processesPerNode: 1
         ready: 0
+        mintTime: "2026-01-01T12:00:00Z"
         startTime: "2026-01-01T12:00:00Z"
         masterAddress: 10.0.0.0
         masterPort: 29500
         members: [{rank: 0, pod: sentiment-aaaaa-0-1, uid: pod-1}, {rank: 1, pod: sentiment-aaaaa-1-1, uid: pod-2}]
+        standIns: []
+        avoidNodes: []
       progress: {step: 100, totalSteps: 100, percent: 100, epoch: 2.0, loss: 0.12346, learningRate: 2.0e-05, tokensPerSecond: 5123.8, updateTime: "2026-01-01T12:01:30Z"}
       evaluation: {step: 100, metrics: [{name: accuracy, value: "0.7125"}]}
       checkpoint: {step: 50, commitTime: "2026-01-01T12:00:30Z", bytes: 1024, uri: s3://checkpoints/x/step-50}

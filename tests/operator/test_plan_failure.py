@@ -30,10 +30,13 @@ def test_a_worker_that_fails_ends_its_generation_and_the_same_pods_start_the_nex
         nodes: 2
         processesPerNode: 1
         ready: 0
+        mintTime: "2026-01-01T12:01:40Z"
         startTime: "2026-01-01T12:01:40Z"
         masterAddress: 10.0.0.0
         masterPort: 29500
         members: [{rank: 0, pod: sentiment-aaaaa-0-1, uid: pod-1}, {rank: 1, pod: sentiment-aaaaa-1-1, uid: pod-2}]
+        standIns: []
+        avoidNodes: []
       restarts:
         total: 1
         byReason: [{reason: WorkerFailed, count: 1, used: 1, windowStart: "2026-01-01T12:01:40Z", lastStep: 1}]

@@ -184,6 +184,28 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
             name = next(pod["metadata"]["name"] for pod in self.cluster.pods() if pod["metadata"]["uid"] == uid)
             self.loop.run_until_complete(self.cluster.api.delete(PODS, KEY[0], name, uid=uid))
 
+    @precondition(lambda self: self.cluster.agents)
+    @rule(n=pick, told=st.booleans())
+    def a_node_is_cut_off(self, n: int, told: bool) -> None:
+        agents = list(self.cluster.agents)
+        uid = agents[n % len(agents)]
+        if told:
+            self.cluster.cut(uid)
+        else:
+            self.cluster.agents[uid].cut = True
+
+    @rule(seconds=st.sampled_from([16, 40]))
+    def a_while_in_which_everybody_does_their_part(self, seconds: int) -> None:
+        for _ in range(0, seconds, 8):
+            self.cluster.wait(8)
+            self.everybody_does_their_part()
+
+    @precondition(lambda self: any(agent.cut for agent in self.cluster.agents.values()))
+    @rule(n=pick)
+    def a_node_is_back(self, n: int) -> None:
+        cut = [uid for uid, agent in self.cluster.agents.items() if agent.cut]
+        self.cluster.heal(cut[n % len(cut)])
+
     @rule()
     def kubelets_do_their_work(self) -> None:
         self.cluster.kubelets()
@@ -198,9 +220,9 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
     def suspend_is_toggled(self) -> None:
         self.cluster.edit(suspend=not self.cluster.job["spec"].get("suspend", False))
 
-    @rule(nodes=st.integers(1, 3))
-    def workers_are_resized(self, nodes: int) -> None:
-        self.cluster.edit(workers={"nodes": nodes})
+    @rule(nodes=st.integers(1, 3), spares=st.integers(0, 2))
+    def workers_are_resized(self, nodes: int, spares: int) -> None:
+        self.cluster.edit(workers={"nodes": nodes, "spares": spares})
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 30.0, 700.0]))
     def time_passes(self, seconds: float) -> None:
@@ -221,11 +243,15 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
             self.final = self.cluster.status
 
     def faults_stop(self) -> None:
-        """The job ends within a bounded number of steps, and what it leaves is right."""
+        """The job ends within a bounded number of steps, and what it leaves is right. Nodes that are cut off stay so."""
         cluster = self.cluster
         cluster.edit(suspend=False)
-        for _ in range(20):
-            self.loop.run_until_complete(cluster.settle())
+        for uid in [uid for uid, agent in cluster.agents.items() if agent.cut]:
+            cluster.cut(uid)
+        for turn in range(20):
+            self.a_while_in_which_everybody_does_their_part(40)
+            if turn == 1:
+                self.nodes_that_are_cut_off_are_given_up()
             self.promises_are_kept()
             if cluster.phase in ("Succeeded", "Failed"):
                 break
@@ -233,12 +259,24 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
             cluster.wait(400)  # longer than the longest wait after failures
         assert cluster.phase in ("Succeeded", "Failed"), cluster.status
         reason = cluster.status["conditions"][0]["reason"]
-        assert cluster.phase == "Succeeded" or reason in ("RestartsExhausted", "NumericFailure"), (
-            "nothing else is final"
-        )
+        final = (
+            "RestartsExhausted",
+            "NumericFailure",
+            "OutOfMemory",
+            "WorkerFailed",
+        )  # the last two at one step in a row
+        assert cluster.phase == "Succeeded" or reason in final, "nothing else is final"
         self.what_was_lost_adds_up()
         assert cluster.job["metadata"]["uid"] == cluster.job_uid
         assert [body["kind"] for body in cluster.api.bodies(JOBS)] == ["FineTuneJob"]
+
+    def nodes_that_are_cut_off_are_given_up(self) -> None:
+        """What Kubernetes does after five minutes, and the operator where all nodes are away and it cannot tell who is to blame."""
+        for pod in self.cluster.pods():
+            agent = self.cluster.agents.get(pod["metadata"]["uid"])
+            if agent is not None and agent.cut and "deletionTimestamp" not in pod["metadata"]:
+                name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+                self.loop.run_until_complete(self.cluster.api.delete(PODS, KEY[0], name, uid=uid))
 
     def what_was_lost_adds_up(self) -> None:
         status = self.cluster.status
@@ -250,6 +288,7 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
             if "lostSteps" in attempt:
                 assert 0 <= attempt["lostSteps"] <= attempt["lastStep"]
         free = {"Preempted", "PortInUse", "NoPermission", "StorageUnavailable"}
+        assert len((status["gang"]).get("avoidNodes", [])) <= 16
         counted = {entry["reason"] for entry in (status.get("restarts") or {}).get("byReason", ())}
         assert not counted & free, "nobody is to blame for these"
         conditions = {condition["type"]: condition["status"] for condition in status["conditions"]}

@@ -16,7 +16,7 @@ def test_a_new_job_mints_generation_1_and_creates_one_pod_for_each_rank() -> Non
     assert plan.status.to_wire() == document("""
       observedGeneration: 1
       phase: Pending
-      gang: {generation: 1, nodes: 2, processesPerNode: 1, ready: 0, members: []}
+      gang: {generation: 1, nodes: 2, processesPerNode: 1, ready: 0, mintTime: "2026-01-01T12:00:00Z", members: [], standIns: [], avoidNodes: []}
       attempts: []
       conditions:
       - {type: Ready, status: "False", reason: Creating, message: "ranks 0, 1 of 2: the pod is being created", lastTransitionTime: "2026-01-01T12:00:00Z", observedGeneration: 1}
@@ -58,10 +58,13 @@ def test_members_are_committed_once_every_agent_has_reported_with_the_master_tha
         nodes: 2
         processesPerNode: 1
         ready: 0
+        mintTime: "2026-01-01T12:00:00Z"
         startTime: "2026-01-01T12:00:05Z"
         masterAddress: 10.0.0.0
         masterPort: 29500
         members: [{rank: 0, pod: sentiment-aaaaa-0-1, uid: pod-1}, {rank: 1, pod: sentiment-aaaaa-1-1, uid: pod-2}]
+        standIns: []
+        avoidNodes: []
       attempts: []
     """)
 
@@ -105,6 +108,21 @@ WAITING = {
         {"unschedulable": "0/3 nodes are available: 3 Insufficient cpu."},
         "Unschedulable: rank 1 of 2: pod sentiment-aaaaa-1-1 cannot be scheduled: 0/3 nodes are available: 3 Insufficient cpu.",
         {"Reconciling"},
+    ),
+    "a claim that there is not: stalled, for somebody has to make it": (
+        {"unschedulable": '0/3 nodes are available: persistentvolumeclaim "data" not found. not found'},
+        'ClaimMissing: rank 1 of 2: pod sentiment-aaaaa-1-1 cannot be scheduled: 0/3 nodes are available: persistentvolumeclaim "data" not found. not found',
+        {"Stalled"},
+    ),
+    "a registry that does not answer": (
+        {"containers": (ContainerView("agent", True, waiting_reason="RegistryUnavailable"),)},
+        "ImagePullFailed: rank 1 of 2: the image of container agent of pod sentiment-aaaaa-1-1 cannot be pulled: RegistryUnavailable",
+        {"Stalled"},
+    ),
+    "an init container that fails": (
+        {"containers": (ContainerView("agent", True, waiting_reason="CrashLoopBackOff", last_exit_code=1, last_exit_reason="Error"),)},
+        "StartFailed: rank 1 of 2: container agent of pod sentiment-aaaaa-1-1 does not start: CrashLoopBackOff (ended with 1: Error)",
+        {"Stalled"},
     ),
     "an image that cannot be pulled: stalled, for somebody has to act": (
         {"containers": (ContainerView("trainer", False, waiting_reason="ImagePullBackOff", waiting_message="not found"),)},
@@ -183,9 +201,7 @@ def test_a_quota_that_refuses_pods_is_told() -> None:
     assert plan.create == (NewPod(1, 1),), "it is tried again"
 
 
-PROBLEMS = {
-    reason: Problem(reason, f"why it is {reason}") for reason in ("UnknownProfile", "EndpointNotAllowed", "Unsupported")
-}
+PROBLEMS = {reason: Problem(reason, f"why it is {reason}") for reason in ("UnknownProfile", "EndpointNotAllowed")}
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=[f"{name} costs no pod and heals" for name in PROBLEMS])

@@ -7,6 +7,7 @@ import pytest
 
 from finetune_operator.kube.api import CONFIG_MAPS, JOBS, PODS
 from finetune_operator.kube.errors import Conflict, Forbidden, Unavailable
+from tests.operator.documents import job_body
 from tests.operator.simulation import KEY, Cluster
 
 
@@ -131,6 +132,30 @@ async def test_one_failed_creation_does_not_keep_the_other_pods_from_being_made(
     with pytest.raises(Unavailable):
         await cluster.reconcile()
     assert len(cluster.pods()) == 2
+
+
+async def test_half_a_gang_sees_who_else_waits_and_gives_way_to_who_goes_first() -> None:
+    cluster = Cluster()
+    await cluster.reconcile()
+    cluster.watch()
+    one, two = (pod["metadata"]["uid"] for pod in cluster.pods())
+    no_room = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no room"}]
+    cluster.change_pod(two, conditions=no_room)
+    cluster.start_pod(one)
+    placed = next(copy.deepcopy(pod) for pod in cluster.pods() if pod["metadata"]["uid"] == one)
+    cluster.api.store(PODS, placed | {"spec": placed["spec"] | {"nodeName": "node-1"}})
+    other = job_body(name="other", uid="bbbbbbbb", creationTimestamp="2026-01-01T11:59:59Z")
+    cluster.cache.observe_job(other | {"status": {"gang": {"generation": 1, "nodes": 2}}})
+    owner = [placed["metadata"]["ownerReferences"][0] | {"name": "other", "uid": "bbbbbbbb"}]
+    others_pod = {"name": "other-0", "uid": "others", "resourceVersion": "1", "ownerReferences": owner}
+    waiting = placed | {"metadata": placed["metadata"] | others_pod, "status": {"conditions": no_room}}
+    cluster.watch()
+    assert await cluster.reconcile() == 15.0
+    assert cluster.generation == 1, "the other one has all it needs"
+    cluster.cache.observe_pod(waiting)
+    await cluster.reconcile()
+    assert message(cluster).startswith("GaveWay: ")
+    assert all("deletionTimestamp" in pod["metadata"] for pod in cluster.pods())
 
 
 async def test_deleting_what_is_gone_already_is_no_error_and_ends_there() -> None:

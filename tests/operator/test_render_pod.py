@@ -148,6 +148,20 @@ def test_what_a_profile_says_is_in_the_pod() -> None:
     assert "DS_ACCELERATOR" not in names, "there are GPUs"
 
 
+def test_a_pod_that_avoids_nodes_is_kept_away_by_their_names_and_not_spread() -> None:
+    spec = render_pod(a_job(), NewPod(0, 2, ("node-1", "node-2")), administrator())["spec"]
+    assert spec["affinity"] == document("""
+      nodeAffinity:
+        preferredDuringSchedulingIgnoredDuringExecution:
+        - weight: 100
+          preference:
+            matchFields:
+            - {key: metadata.name, operator: NotIn, values: [node-1]}
+            - {key: metadata.name, operator: NotIn, values: [node-2]}
+    """)
+    assert "topologySpreadConstraints" not in spec
+
+
 def test_a_web_identity_takes_the_place_of_a_secret() -> None:
     job = a_job("storage: {uri: s3://checkpoints, serviceAccountName: trainer}")
     pod = render_pod(job, NewPod(0, 1), administrator())
@@ -308,7 +322,8 @@ def jobs(draw: st.DrawFn):
     return a_job(json.dumps(spec), base=base, name=draw(names), namespace=draw(objects), uid=uid)
 
 
-places = st.builds(NewPod, st.integers(0, 2047), st.integers(1, 10**8))
+nodes = st.lists(objects, max_size=16, unique=True).map(tuple)
+places = st.builds(NewPod, st.integers(0, 2047), st.integers(1, 10**8), nodes)
 
 
 @settings(max_examples=100, deadline=None)

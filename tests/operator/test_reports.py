@@ -93,6 +93,67 @@ def test_pods_that_are_gone_are_forgotten() -> None:
     assert reports.heard.keys() == {"pod-2"}
 
 
+# Who is heard, and since when anybody is.
+
+
+def test_questions_count_as_hearing_an_agent_and_are_no_news() -> None:
+    clock = Clock()
+    reports = Reports(clock)
+    reports.hear(FIRST)
+    clock.now += timedelta(seconds=12)
+    assert not reports.hear_question("pod-1")
+    assert (reports.heard["pod-1"].at, reports.heard["pod-1"].since) == (clock.now, NOON)
+    assert reports.hearing.at == clock.now
+
+
+def test_a_question_of_an_agent_that_never_reported_only_shows_that_somebody_is_there() -> None:
+    clock = Clock()
+    reports = Reports(clock)
+    clock.now += timedelta(seconds=5)
+    assert not reports.hear_question("pod-1")
+    assert (dict(reports.heard), reports.hearing.at) == ({}, clock.now)
+
+
+def test_an_agent_that_is_back_is_news_though_it_says_the_same() -> None:
+    clock = Clock()
+    reports = Reports(clock)
+    reports.hear(FIRST)
+    for say, late in ((lambda: reports.hear(FIRST), 15.1), (lambda: reports.hear_question("pod-1"), 15.1)):
+        clock.now += timedelta(seconds=15)
+        assert not say()
+        clock.now += timedelta(seconds=late)
+        assert say()
+
+
+def test_an_operator_that_heard_nobody_for_a_while_begins_to_hear_anew() -> None:
+    clock = Clock()
+    reports = Reports(clock)
+    for gap in (10, 15, 14):
+        clock.now += timedelta(seconds=gap)
+        reports.hear(FIRST)
+    assert (reports.hearing.since, reports.hearing.at) == (NOON, clock.now)
+    clock.now += timedelta(seconds=16)
+    reports.hear_question("pod-2")
+    assert reports.hearing.since == clock.now
+    clock.now += timedelta(seconds=1)
+    reports.start_listening()
+    assert reports.hearing.since == clock.now
+
+
+def test_when_a_step_was_done_and_how_long_it_took_is_remembered() -> None:
+    clock = Clock()
+    reports = Reports(clock)
+    seen = []
+    for wait, step in ((0, 1), (2, 1), (3, 2), (2, 2), (4, 9), (2, 9)):
+        clock.now += timedelta(seconds=wait)
+        reports.hear(replace(FIRST, generation=1, heartbeat=Heartbeat(Phase.TRAINING, step)))
+        heard = reports.heard["pod-1"]
+        seen.append(((heard.step_at - NOON).total_seconds() if heard.step_at else None, heard.step_seconds))
+    assert seen == [(None, 0), (None, 0), (5, 0), (5, 0), (11, 6), (11, 6)]
+    reports.hear(replace(FIRST, generation=2, heartbeat=Heartbeat(Phase.TRAINING, 9)))
+    assert reports.heard["pod-1"].step_at is None, "another generation"
+
+
 # Whatever a pod says, its job goes on.
 
 integers = st.integers(0, 2**31 - 1) | st.integers(-(2**70), 2**70)

@@ -95,17 +95,6 @@ PROBLEMS = {
             "spec.storage.endpoint: http://169.254.169.254 is not allowed here; allowed: http://store.example:8333, amazon-s3",
         ),
     ),
-    "spare pods": (
-        "workers: {spares: 1}",
-        ("Unsupported", "spec.workers.spares: this version of the operator does not support it yet; leave it out"),
-    ),
-    "two things that are not there yet, told together": (
-        "{pendingDeadlineSeconds: 5, workers: {spares: 1}}",
-        (
-            "Unsupported",
-            "spec.workers.spares, spec.pendingDeadlineSeconds: this version of the operator does not support it yet; leave it out",
-        ),
-    ),
 }
 
 

@@ -71,6 +71,8 @@ class JobServer:
         caller = await self._caller(request)
         pod = self._own_pod(caller, request.query.get("pod_uid", ""))
         key = JobKey((pod.namespace, pod.job))
+        if self._reports.hear_question(pod.uid):
+            self._on_news(key)
         known = (request.query.get("known_action"), request.query.get("known_generation"))
         loop = asyncio.get_running_loop()
         until = loop.time() + ORDER_POLL_SECONDS

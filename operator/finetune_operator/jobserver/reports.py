@@ -1,11 +1,17 @@
-"""The newest report of each agent, in memory: agents repeat themselves, so an operator that starts anew soon knows it all again."""
+"""The newest report of each agent, in memory: agents repeat themselves, so an operator that starts anew soon knows it all again.
+
+Every message counts as hearing an agent, a question as much as a report. A connection that is open does not: one to a node that is cut off
+stays so for a long time.
+"""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from types import MappingProxyType
 
 from finetune_api.protocol import Report
-from finetune_operator.plan.observation import Heard
+from finetune_operator.plan.observation import Heard, Hearing
+from finetune_operator.plan.silence import LATE_SECONDS
 
 
 class Reports:
@@ -14,6 +20,16 @@ class Reports:
     def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
         self._heard: dict[str, Heard] = {}
+        self.start_listening()
+
+    def start_listening(self) -> None:
+        """Give every agent its time to be heard: this process begins to serve them, or leads from now on."""
+        self._hearing = Hearing(since=self._clock(), at=self._clock())
+
+    @property
+    def hearing(self) -> Hearing:
+        """Since when agents are heard without a gap."""
+        return self._hearing
 
     @property
     def heard(self) -> Mapping[str, Heard]:
@@ -23,16 +39,43 @@ class Reports:
     def hear(self, report: Report) -> bool:
         """Take a report in, and tell whether it is news for a decision or for status."""
         known, now = self._heard.get(report.pod_uid), self._clock()
+        self._listen(now)
         if known is None or _outcome(known.report) != _outcome(report):
             self._heard[report.pod_uid] = Heard(report=report, since=now, at=now)
             return True
-        self._heard[report.pod_uid] = Heard(report=report, since=known.since, at=now)
-        return _telling(known.report) != _telling(report)
+        self._heard[report.pod_uid] = _with_step(replace(known, report=report, at=now), known)
+        return _telling(known.report) != _telling(report) or _was_late(known, now)
+
+    def hear_question(self, pod_uid: str) -> bool:
+        """Take in that an agent has asked for its order, and tell whether that is news."""
+        known, now = self._heard.get(pod_uid), self._clock()
+        self._listen(now)
+        if known is None:
+            return False
+        self._heard[pod_uid] = replace(known, at=now)
+        return _was_late(known, now)
+
+    def _listen(self, now: datetime) -> None:
+        gap = (now - self._hearing.at).total_seconds()
+        self._hearing = Hearing(since=self._hearing.since if gap <= LATE_SECONDS else now, at=now)
 
     def keep_only(self, pod_uids: set[str]) -> None:
         """Forget all pods but these."""
         for uid in self._heard.keys() - pod_uids:
             del self._heard[uid]
+
+
+def _with_step(new: Heard, known: Heard) -> Heard:
+    beat, before = new.report.heartbeat, known.report.heartbeat
+    if beat is None or before is None or beat.step <= before.step:
+        return new
+    seconds = (new.at - known.step_at).total_seconds() if known.step_at else 0.0
+    return replace(new, step_at=new.at, step_seconds=seconds)
+
+
+def _was_late(known: Heard, now: datetime) -> bool:
+    """Tell whether decisions were made without an agent that is back."""
+    return (now - known.at).total_seconds() > LATE_SECONDS
 
 
 def _outcome(report: Report) -> object:

@@ -9,22 +9,10 @@ def find_problem(job: FineTuneJob, settings: Settings) -> Problem | None:
     """Return why the job cannot be started as it is written, or None."""
     spec = job.spec
     return (
-        _unsupported(spec)
-        or _unknown_profile(spec, settings)
+        _unknown_profile(spec, settings)
         or _endpoint_not_allowed(spec, settings)
         or _resume_from_not_allowed(job, settings)
     )
-
-
-def _unsupported(spec: FineTuneJobSpec) -> Problem | None:
-    asked = {
-        "workers.spares": spec.workers.spares > 0,
-        "pendingDeadlineSeconds": spec.pending_deadline_seconds is not None,
-    }
-    fields = ", ".join(f"spec.{name}" for name, is_asked in asked.items() if is_asked)
-    if not fields:
-        return None
-    return Problem("Unsupported", f"{fields}: this version of the operator does not support it yet; leave it out")
 
 
 def _unknown_profile(spec: FineTuneJobSpec, settings: Settings) -> Problem | None:

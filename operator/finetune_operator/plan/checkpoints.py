@@ -18,9 +18,9 @@ PUT_OFF = "SavePutOff"
 
 @dataclass(frozen=True, slots=True)
 class Aspect:
-    """Whether one condition holds, and why."""
+    """Whether one condition holds (None: nobody knows), and why."""
 
-    holds: bool
+    holds: bool | None
     reason: str
     message: str
 

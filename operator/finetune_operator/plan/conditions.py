@@ -7,6 +7,7 @@ message.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from finetune_api.status import Condition, ConditionType, JobPhase, JobStatus
 from finetune_operator.plan.checkpoints import Aspect, delay, fallback
@@ -27,13 +28,17 @@ _WHEN_FALSE: dict[ConditionType, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Where a job is: one phase, one reason, one message, whether somebody else must act, and whether the operator still does."""
+    """Where a job is: one phase, one reason, one message.
+
+    ``stalled``: somebody else must act. ``under_way``: the operator still does. ``unknown``: nobody knows, and the phase is what it was.
+    """
 
     phase: JobPhase
     reason: str
     message: str
     stalled: bool = False
     under_way: bool = False
+    unknown: bool = False
 
 
 def with_conditions(observed: Observation, status: JobStatus, situation: Situation) -> JobStatus:
@@ -42,10 +47,10 @@ def with_conditions(observed: Observation, status: JobStatus, situation: Situati
     done, failed = phase == JobPhase.SUCCEEDED, phase == JobPhase.FAILED
     suspended = phase == JobPhase.SUSPENDED
     stalled = situation.stalled or failed
-    ready = done or (suspended and not situation.under_way) or (phase == JobPhase.RUNNING and not stalled)
+    ready: bool | None = done or (suspended and not situation.under_way) or (phase == JobPhase.RUNNING and not stalled)
     holds = {
-        ConditionType.READY: ready,
-        ConditionType.RECONCILING: not (ready or stalled),
+        ConditionType.READY: None if situation.unknown else ready,
+        ConditionType.RECONCILING: not (ready or stalled or situation.unknown),
         ConditionType.STALLED: stalled,
         ConditionType.SUSPENDED: suspended,
         ConditionType.COMPLETE: done,
@@ -64,13 +69,13 @@ def with_conditions(observed: Observation, status: JobStatus, situation: Situati
     return status.model_copy(update={"phase": phase, "conditions": conditions, "observed_generation": generation})
 
 
-def _aspect(kind: ConditionType, situation: Situation, *, holds: bool) -> Aspect:
+def _aspect(kind: ConditionType, situation: Situation, *, holds: bool | None) -> Aspect:
     told = situation.reason, situation.message
-    return Aspect(holds, *(told if holds else _WHEN_FALSE.get(kind, told)))
+    return Aspect(holds, *(told if holds is not False else _WHEN_FALSE.get(kind, told)))
 
 
 def _condition(observed: Observation, known: Condition | None, kind: ConditionType, aspect: Aspect) -> Condition:
-    value = "True" if aspect.holds else "False"
+    value = _word(aspect.holds)
     changed = known is None or known.status != value
     return Condition(
         type=kind,
@@ -80,3 +85,9 @@ def _condition(observed: Observation, known: Condition | None, kind: ConditionTy
         last_transition_time=timestamp(observed.now) if changed or known is None else known.last_transition_time,
         observed_generation=observed.job.metadata.generation,
     )
+
+
+def _word(holds: bool | None) -> Literal["True", "False", "Unknown"]:
+    if holds is None:
+        return "Unknown"
+    return "True" if holds else "False"

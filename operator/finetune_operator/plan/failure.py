@@ -19,8 +19,10 @@ from enum import IntEnum
 from finetune_api.contract import TRAINER_CONTAINER, ExitCode
 from finetune_api.protocol import AgentState, Exit, Memory, Report
 from finetune_api.status import Gang, Member
+from finetune_operator.plan.devices import device_error
 from finetune_operator.plan.leaving import SAVE_SECONDS, has_ended, leaving_members, look_again_seconds, may_still_save
 from finetune_operator.plan.observation import Heard, Observation
+from finetune_operator.plan.silence import NODE_LOST, find_loss
 from finetune_operator.views import PodView
 
 SETTLE_SECONDS = 1.0
@@ -31,6 +33,7 @@ _COLLECTIVE = re.compile(
     r"|Dist(Backend|Network|Store)Error",
     re.IGNORECASE,
 )
+DEVICE_ERROR = "DeviceError"
 
 
 class FailureClass(IntEnum):
@@ -40,10 +43,11 @@ class FailureClass(IntEnum):
     ERROR = 1  # a Python error: the cause, or the echo of a peer's death
     SIGNAL = 2
     KNOWN = 3  # the trainer said why
-    POD = 4  # the pod went away
-    MEMORY = 5
-    SAVED = 6  # asked to stop, and nothing is lost
-    TERMINAL = 7  # starting again cannot help
+    DEVICE = 4  # a device of the pod's node is broken
+    POD = 5  # the pod went away, or its node
+    MEMORY = 6
+    SAVED = 7  # asked to stop, and nothing is lost
+    TERMINAL = 8  # starting again cannot help
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,7 @@ def _member_failure(observed: Observation, gang: Gang, member: Member) -> Failur
     killed = _out_of_memory(observed, pod)
     if killed is not None and said is not None and said.state == AgentState.FAILED and _was_killed(said):
         return killed
-    lost = None if pod is not None and pod.usable else _lost_pod(observed, pod, member)
+    lost = _lost(observed, gang, pod, member)
     if heard and said and said.state in (AgentState.FAILED, AgentState.STOPPED):
         reported = _reported(pod, member, heard, said)
         was_asked = said.state == AgentState.STOPPED and reported.failure_class != FailureClass.SAVED
@@ -204,6 +208,9 @@ def _from_exit(pod: PodView | None, member: Member, heard: Heard, end: Exit) -> 
         how = f"by signal {_signal_name(end.signal)}"
     else:
         how = "without an exit code" if end.exit_code is None else f"with exit code {end.exit_code}"
+    broken = device_error(end) if failure_class < FailureClass.DEVICE else None
+    if broken is not None:
+        failure_class, reason, end = FailureClass.DEVICE, DEVICE_ERROR, replace(end, message=broken)
     who = f"rank {end.rank}" if end.rank >= 0 else "the launcher"
     message = end.message if failure_class >= FailureClass.KNOWN and end.message else f"{who} ended {how}"
     if end.message and message != end.message:
@@ -253,20 +260,35 @@ def _is_echo(end: Exit) -> bool:
 
 
 def lost_before_start(observed: Observation, gang: Gang, chosen: Mapping[int, PodView]) -> Failure | None:
-    """Return the failure of a pod made for this very generation that died before the gang was complete.
+    """Return the failure of a pod made for this very generation that was lost before the gang was complete.
 
     Its name is taken for as long as it exists, so its replacement needs the next generation.
     """
     for pod in observed.pods:
-        if not pod.usable and pod.generation == gang.generation and pod.rank not in chosen:
-            return _lost_pod(observed, pod, Member(rank=pod.rank, pod=pod.name, uid=pod.uid))
+        if pod.generation == gang.generation and pod.rank < gang.nodes and pod.rank not in chosen:
+            lost = _lost(observed, gang, pod, Member(rank=pod.rank, pod=pod.name, uid=pod.uid))
+            if lost is not None:
+                return lost
     return None
+
+
+def _lost(observed: Observation, gang: Gang, pod: PodView | None, member: Member) -> Failure | None:
+    """Return the failure of a member that has lost its pod, or whose pod is there and lost all the same."""
+    if pod is None or not pod.usable:
+        return _lost_pod(observed, pod, member)
+    loss = find_loss(observed, gang, pod)
+    if loss is None:
+        return None
+    message = f"{loss.message} (rank {member.rank})"
+    return Failure(FailureClass.POD, loss.reason, message, pod=pod.name, heard_at=observed.now, node=pod.node)
 
 
 def _lost_pod(observed: Observation, pod: PodView | None, member: Member) -> Failure:
     """Return the failure of a member whose pod is gone, has ended or is being deleted."""
     reason, message = "PodDeleted", f"pod {member.pod} (rank {member.rank}) was deleted"
-    if pod is not None and pod.disruption:
+    if pod is not None and pod.node_lost:
+        reason, message = NODE_LOST, f"pod {pod.name} (rank {member.rank}) is on node {pod.node}, which is not ready"
+    elif pod is not None and pod.disruption:
         reason, message = "Preempted", f"pod {pod.name} (rank {member.rank}) was disrupted: {pod.disruption}"
     elif pod is not None and pod.ended and not pod.deleting:
         said = next((c.exit_message for c in pod.containers if c.exit_message), pod.message)

@@ -11,8 +11,11 @@ from datetime import timedelta
 from finetune_api.protocol import AgentState
 from finetune_api.status import Gang, Member
 from finetune_operator.plan.observation import Observation, instant
+from finetune_operator.plan.silence import silent_seconds
+from finetune_operator.views import PodView
 
 SILENT_SECONDS = 15.0  # an agent reports every 10 s; one that does not is on a node that is gone, and saves nothing
+STUCK_SECONDS = 30.0  # after the end of its grace period a kubelet has killed a pod, and said so
 SAVE_SECONDS = 60.0  # from the first word of a save to the end of all members: the grace period of a pod
 
 
@@ -40,6 +43,16 @@ def _seconds_left(observed: Observation, gang: Gang, member: Member) -> float:
     if heard is not None:  # one that this process has not heard yet gets the benefit of the doubt
         ends = min(ends, heard.at + timedelta(seconds=SILENT_SECONDS))
     return (ends - observed.now).total_seconds()
+
+
+def is_stuck(observed: Observation, pod: PodView) -> bool:
+    """Tell whether a pod that is being deleted is on a node that cannot be reached: it goes when its node does, or is back."""
+    if not pod.deleting or pod.ended:
+        return False
+    if pod.node_lost and silent_seconds(observed, pod.uid) >= SILENT_SECONDS:
+        return True
+    killed = instant(pod.grace_ends) + timedelta(seconds=STUCK_SECONDS) if pod.grace_ends else observed.now
+    return observed.now > killed
 
 
 def has_ended(observed: Observation, gang: Gang, member: Member) -> bool:

@@ -6,18 +6,20 @@ from finetune_api.protocol import AgentState, Phase
 from finetune_api.status import ConditionType, Gang, JobPhase, JobStatus
 from finetune_operator.plan.checkpoints import after_a_generation
 from finetune_operator.plan.conditions import Situation, with_conditions
-from finetune_operator.plan.failure import Failure, FailureClass, find_cause, lost_before_start
+from finetune_operator.plan.failure import DEVICE_ERROR, Failure, FailureClass, find_cause, lost_before_start
 from finetune_operator.plan.gang import (
     choose_pods,
     missing_pods,
     next_generation,
     resized,
     surplus_pods,
+    unfit_pods,
     with_members,
 )
+from finetune_operator.plan.giving_way import find_reason_to_give_back, look_again_seconds
 from finetune_operator.plan.goodput import pause, settle
 from finetune_operator.plan.hang import find_hang
-from finetune_operator.plan.leaving import describe
+from finetune_operator.plan.leaving import SILENT_SECONDS, describe, is_stuck
 from finetune_operator.plan.observation import Observation, Plan, instant, is_final, timestamp, unset_gang
 from finetune_operator.plan.pending import is_blocked, waiting_for
 from finetune_operator.plan.progress import fold_reports
@@ -29,6 +31,10 @@ from finetune_operator.plan.recovery import (
     with_attempt,
     with_restart,
 )
+from finetune_operator.plan.silence import find_doubt, find_loss, is_taking_stock, silence_ends_in
+from finetune_operator.plan.spares import missing_spares, standing_by
+from finetune_operator.plan.suspects import with_suspects
+from finetune_operator.views import PodView
 
 
 def plan_job(observed: Observation) -> Plan:
@@ -43,13 +49,14 @@ def plan_job(observed: Observation) -> Plan:
         return Plan(with_conditions(observed, status, situation))
     if _deadline_passed(observed):
         return _plan_deadline(observed)
-    workers = observed.job.spec.workers
-    gang = status.gang or unset_gang(workers.nodes, workers.local_processes, 1)
+    gang = status.gang or unset_gang(observed, 1)
     leaving = bool(gang.members) and (observed.job.spec.suspend or _is_suspended(status))
-    if leaving and all(pod.ended for pod in observed.pods):
+    if leaving and all(pod.ended or is_stuck(observed, pod) for pod in observed.pods):
         gang, leaving = next_generation(observed, gang), False
     if observed.job.spec.suspend or leaving:
         return _plan_suspended(observed, gang)
+    if _is_suspended(status):
+        gang = gang.model_copy(update={"mint_time": timestamp(observed.now)})  # nothing has been waited for meanwhile
     return _plan_members(observed, gang) if gang.members else _plan_assembly(observed, status, resized(observed, gang))
 
 
@@ -64,10 +71,22 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
         failure, look_again = find_hang(observed, gang)
     if failure is not None:
         return _plan_failure(observed, status, gang, failure)
+    silence = silence_ends_in(observed, gang, list(observed.pods))
+    look_again = _soonest(look_again, silence, _deadline_seconds(observed))
+    if is_taking_stock(observed, gang):
+        return Plan(
+            status, look_again_seconds=look_again
+        )  # what was known before stands until everybody could be heard
+    gang = _with_suspects(observed, gang, None)
     ready = sum(state in (AgentState.RUNNING, AgentState.SUCCEEDED) for state in states)
-    status = status.model_copy(update={"gang": gang.model_copy(update={"ready": ready})})
-    status = with_conditions(observed, status, _running_situation(observed, gang, ready))
-    return Plan(status, look_again_seconds=_soonest(look_again, _deadline_seconds(observed)))
+    gang = gang.model_copy(update={"ready": ready, "spares": standing_by(observed, gang)})
+    status = status.model_copy(update={"gang": gang})
+    return Plan(
+        with_conditions(observed, status, _running_situation(observed, gang, ready)),
+        create=() if observed.problem else missing_spares(observed, gang),
+        delete=unfit_pods(observed, gang) + surplus_pods(observed, gang, {}),
+        look_again_seconds=look_again,
+    )
 
 
 def _plan_failure(observed: Observation, status: JobStatus, gang: Gang, failure: Failure) -> Plan:
@@ -78,39 +97,78 @@ def _plan_failure(observed: Observation, status: JobStatus, gang: Gang, failure:
     if last is not None:
         return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, last.reason, last.message))
     status = with_restart(observed, status, failure)
-    return _plan_assembly(observed, status, next_generation(observed, gang))
+    gang = next_generation(observed, _with_suspects(observed, gang, failure))
+    return _plan_assembly(observed, status, gang)
+
+
+def _with_suspects(observed: Observation, gang: Gang, failure: Failure | None) -> Gang:
+    """Return the gang with the nodes to avoid from now on: where pods are lost, and where a device is broken."""
+    losses = [(pod, find_loss(observed, gang, pod)) for pod in observed.pods]
+    found = [(pod, loss.reason) for pod, loss in losses if loss is not None]
+    if failure is not None and failure.reason == DEVICE_ERROR:
+        found += [(pod, DEVICE_ERROR) for pod in observed.pods if pod.name == failure.pod]
+    return with_suspects(observed, gang, found)
 
 
 def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan:
     """The gang has no members yet: see that every rank has a pod, and choose them when all agents have reported."""
+    gang = _with_suspects(observed, gang, None)
+    delay, hold = backoff_seconds(observed, status, gang), find_hold(status, gang)
+    if hold is not None and hold.gives_back and delay > 0:
+        return _plan_without_pods(observed, status, gang, hold, delay)
     chosen = choose_pods(observed, gang)
     lost = lost_before_start(observed, gang, chosen)
     if lost is not None:
         return _plan_failure(observed, status, gang, lost)
     complete = with_members(observed, gang, chosen)
-    delay, hold = backoff_seconds(observed, status, gang), find_hold(status, gang)
+    given_back = None if complete else find_reason_to_give_back(observed, gang, chosen, hold)
+    if given_back is not None:
+        return _plan_giving_back(observed, status, gang, *given_back)
     missing = missing_pods(gang, chosen)
     problem = observed.problem if missing else None  # pods cannot be made of such a spec
     if complete is not None and delay <= 0:
         gang = complete
         status = status.model_copy(update={"start_time": status.start_time or timestamp(observed.now)})
         message = f"generation {gang.generation} is being started"
-        situation = _tried_again(hold, gang) or Situation(_starting_phase(gang), "Starting", message)
+        situation = _tried_again(hold, gang) or Situation(_starting_phase(status), "Starting", message)
     elif hold is not None and delay > 0 and problem is None:
         situation = _held(hold)
     elif complete is not None:
         message = f"all pods are ready; waiting {delay:.0f} s after repeated failures"
-        situation = Situation(_starting_phase(gang), "BackingOff", message)
+        situation = Situation(_starting_phase(status), "BackingOff", message)
     else:
         why = problem or waiting_for(observed, chosen, gang.nodes)
-        phase = JobPhase.PENDING if gang.generation == 1 else JobPhase.RECOVERING
-        situation = Situation(phase, why.reason, why.message, stalled=problem is not None or is_blocked(why))
+        stalled = problem is not None or is_blocked(why)
+        situation = Situation(_waiting_phase(status), why.reason, why.message, stalled=stalled)
     status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
+    look_again = [
+        delay or None,
+        look_again_seconds(observed, gang, chosen, hold),
+        silence_ends_in(observed, gang, list(chosen.values())),
+        _deadline_seconds(observed),
+    ]
     return Plan(
         status,
         create=() if problem else missing,
-        delete=surplus_pods(observed, gang, chosen),
-        look_again_seconds=_soonest(delay or None, _deadline_seconds(observed)),
+        delete=unfit_pods(observed, gang) + surplus_pods(observed, gang, chosen),
+        look_again_seconds=_soonest(*look_again),
+    )
+
+
+def _plan_giving_back(observed: Observation, status: JobStatus, gang: Gang, reason: str, message: str) -> Plan:
+    """The gang cannot be placed as a whole: it ends, and the next generation is held without pods for a while."""
+    failure = Failure(FailureClass.KNOWN, reason, message, pod="", heard_at=observed.now)
+    status = with_attempt(observed, status, gang, failure)
+    return _plan_assembly(observed, status, next_generation(observed, gang))
+
+
+def _plan_without_pods(observed: Observation, status: JobStatus, gang: Gang, hold: Hold, delay: float) -> Plan:
+    message = f"{hold.message}; all pods are given back, next try at {timestamp(hold.retry_at)}"
+    status = status.model_copy(update={"gang": gang})
+    return Plan(
+        with_conditions(observed, status, Situation(_waiting_phase(status), hold.reason, message)),
+        delete=tuple(pod for pod in observed.pods if pod.usable),
+        look_again_seconds=_soonest(delay, _deadline_seconds(observed)),
     )
 
 
@@ -121,7 +179,7 @@ def _held(hold: Hold) -> Situation:
 
 def _tried_again(hold: Hold | None, gang: Gang) -> Situation | None:
     """What a gang was held for is told until it trains again: starting is not yet healing."""
-    if hold is None:
+    if hold is None or hold.gives_back:
         return None
     message = f"{hold.message}; so since {hold.since}, generation {gang.generation} tries again"
     return Situation(JobPhase.RECOVERING, hold.reason, message, stalled=hold.needs_somebody)
@@ -134,17 +192,26 @@ def _plan_suspended(observed: Observation, gang: Gang) -> Plan:
     are no failure.
     """
     status = fold_reports(observed, gang, observed.status)
-    alive = tuple(pod for pod in observed.pods if not pod.ended)
-    if alive:
-        message = f"{len(alive)} pods are saving and leaving"
+    there = tuple(pod for pod in observed.pods if not pod.ended)
+    leaving = [pod for pod in there if not is_stuck(observed, pod)]
+    if leaving:
+        message = f"{len(leaving)} pods are saving and leaving"
         situation = Situation(JobPhase.SUSPENDED, "Suspending", message, under_way=True)
-        if not gang.members and any(pod.generation == gang.generation for pod in alive):
-            gang = next_generation(observed, gang)  # their names are taken for as long as they are leaving
     else:
-        situation = Situation(JobPhase.SUSPENDED, "Suspended", "spec.suspend is true; no pod is kept")
+        situation = Situation(JobPhase.SUSPENDED, "Suspended", _suspended_message(there))
         status = pause(after_a_generation(status, at_rest=True))
+    if not gang.members and any(pod.generation == gang.generation for pod in there):
+        gang = next_generation(observed, gang)  # their names are taken for as long as they are there
     status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
-    return Plan(status, delete=tuple(pod for pod in alive if not pod.deleting))
+    delete = tuple(pod for pod in there if not pod.deleting)
+    return Plan(status, delete=delete, look_again_seconds=SILENT_SECONDS if leaving else None)
+
+
+def _suspended_message(stuck: tuple[PodView, ...]) -> str:
+    message = "spec.suspend is true; no pod is kept"
+    if not stuck:
+        return message
+    return f"{message}; pod {stuck[0].name} goes when node {stuck[0].node} can be reached again"
 
 
 def _plan_end(observed: Observation, status: JobStatus, gang: Gang, situation: Situation) -> Plan:
@@ -207,12 +274,18 @@ def _running_situation(observed: Observation, gang: Gang, ready: int) -> Situati
     leaving = describe(observed, gang)
     if leaving is not None:
         return Situation(JobPhase.RECOVERING, "PodLeaving", leaving)
+    doubt = find_doubt(observed, gang)
+    if doubt is not None:
+        phase = observed.status.phase or JobPhase.RUNNING
+        return Situation(phase, doubt.reason, doubt.message, unknown=True)
     if ready == gang.nodes and _has_initialized(observed, gang):
         return Situation(JobPhase.RUNNING, "Running", f"generation {gang.generation} trains on {gang.nodes} nodes")
     message = f"generation {gang.generation}: {ready} of {gang.nodes} nodes have started"
     if ready == gang.nodes:
         message = f"generation {gang.generation}: the workers are initializing"
-    return _tried_again(find_hold(observed.status, gang), gang) or Situation(_starting_phase(gang), "Starting", message)
+    return _tried_again(find_hold(observed.status, gang), gang) or Situation(
+        _starting_phase(observed.status), "Starting", message
+    )
 
 
 def _has_initialized(observed: Observation, gang: Gang) -> bool:
@@ -223,8 +296,12 @@ def _has_initialized(observed: Observation, gang: Gang) -> bool:
     return beat.phase != Phase.INITIALIZING
 
 
-def _starting_phase(gang: Gang) -> JobPhase:
-    return JobPhase.STARTING if gang.generation == 1 else JobPhase.RECOVERING
+def _starting_phase(status: JobStatus) -> JobPhase:
+    return JobPhase.RECOVERING if any(attempt.start_time for attempt in status.attempts) else JobPhase.STARTING
+
+
+def _waiting_phase(status: JobStatus) -> JobPhase:
+    return JobPhase.PENDING if status.start_time is None else JobPhase.RECOVERING
 
 
 def _success_message(status: JobStatus) -> str:

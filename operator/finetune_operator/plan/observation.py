@@ -12,16 +12,29 @@ from finetune_operator.views import PodView
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """The newest report of one agent, since when it has said the same of the same generation, and when it was heard last."""
+    """The newest report of one agent, since when it has said the same of the same generation, and when it was heard last.
+
+    ``step_at`` is when its step advanced last, and ``step_seconds`` how long after the advance before.
+    """
 
     report: Report
+    since: datetime
+    at: datetime
+    step_at: datetime | None = None
+    step_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hearing:
+    """Since when this operator process hears agents without a gap, and when it heard any of them last."""
+
     since: datetime
     at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a job cannot be started as it is written: something that only the operator can see."""
+    """What is wrong, in a word and in a sentence."""
 
     reason: str
     message: str
@@ -32,7 +45,8 @@ class Observation:
     """Everything that is known of one job at one instant.
 
     ``heard`` is by pod uid, and holds only what this operator process has heard itself, also of members whose pods are gone. ``problem`` is what is wrong with the spec,
-    ``obstacle`` what the API server said when a pod could not be created.
+    ``obstacle`` what the API server said when a pod could not be created. Without ``hearing`` nobody is taken for silent.
+    ``senior_waits`` and ``junior_waits`` tell of other jobs that cannot be placed (see ``giving_way``).
     """
 
     job: FineTuneJob
@@ -41,6 +55,11 @@ class Observation:
     problem: Problem | None
     now: datetime
     obstacle: Problem | None = None
+    hearing: Hearing | None = None
+    silent_seconds: float = 30.0
+    most_nodes_lost: bool = False
+    senior_waits: bool = False
+    junior_waits: bool = False
     _pods: Mapping[str, PodView] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -68,10 +87,14 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class NewPod:
-    """A pod to create: its place, and the generation that it is created for (which is part of its name)."""
+    """A pod to create: its place, the generation that it is created for (both are part of its name), and the nodes to avoid.
+
+    Places from the gang's size on are those of spares. A place is a name: which rank a pod has is said by the gang's members.
+    """
 
     rank: int
     generation: int
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +113,15 @@ def is_final(status: JobStatus) -> bool:
     return any(c.type in ("Complete", "Failed") and c.status == "True" for c in status.conditions)
 
 
-def unset_gang(nodes: int, processes_per_node: int, generation: int) -> Gang:
-    """Return a gang that is minted, and whose members are not chosen yet."""
-    return Gang(generation=generation, nodes=nodes, processes_per_node=processes_per_node)
+def unset_gang(observed: Observation, generation: int) -> Gang:
+    """Return a gang that is minted now in the size that spec asks for, and whose members are not chosen yet."""
+    workers = observed.job.spec.workers
+    return Gang(
+        generation=generation,
+        nodes=workers.nodes,
+        processes_per_node=workers.local_processes,
+        mint_time=timestamp(observed.now),
+    )
 
 
 def timestamp(at: datetime) -> str:

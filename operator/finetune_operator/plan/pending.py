@@ -1,12 +1,19 @@
 """Why a gang is not complete yet, read from the pods' own conditions and container states."""
 
+import re
 from collections.abc import Iterable
 
-from finetune_operator.plan.observation import Observation, Problem
+from finetune_operator.plan.observation import Observation, Problem, timestamp
+from finetune_operator.plan.silence import is_at_hand
 from finetune_operator.views import ContainerView, PodView
 
 # Waiting reasons of a kubelet that say no more than "not yet".
 _ON_ITS_WAY = {"", "ContainerCreating", "PodInitializing"}
+_IMAGE = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "RegistryUnavailable", "ImageInspectError"}
+_BLOCKED = frozenset(
+    {"SecretMissing", "ClaimMissing", "ImagePullFailed", "InvalidImage", "ContainerConfigError", "StartFailed"}
+)
+_CLAIM_MISSING = re.compile('persistentvolumeclaim "[^"]*" not found')
 _TOLD_IN_FULL = 4  # ranks named in a message; the rest is counted
 
 
@@ -23,7 +30,7 @@ def waiting_for(observed: Observation, chosen: dict[int, PodView], nodes: int) -
 
 def is_blocked(problem: Problem) -> bool:
     """Tell whether the reason is one that waiting alone does not end."""
-    return problem.reason in ("SecretMissing", "ImagePullFailed", "InvalidImage", "ContainerConfigError", "StartFailed")
+    return problem.reason in _BLOCKED
 
 
 def _telling(reason: str) -> int:
@@ -36,16 +43,26 @@ def _why(observed: Observation, pod: PodView | None) -> tuple[str, str]:
         obstacle = observed.obstacle or Problem("Creating", "the pod is being created")
         return obstacle.reason, obstacle.message
     if pod.unschedulable:
-        return "Unschedulable", f"pod {pod.name} cannot be scheduled: {pod.unschedulable}"
+        return _unschedulable(pod)
     for container in pod.containers:
         told = _container(pod, container)
         if told:
             return told
+    return ("", "") if is_at_hand(observed, pod) else _unheard(observed, pod)
+
+
+def _unheard(observed: Observation, pod: PodView) -> tuple[str, str]:
     if pod.uid in observed.heard:
-        return "", ""
+        said = timestamp(observed.heard[pod.uid].at)
+        return "WaitingForAgent", f"the agent of pod {pod.name} on {pod.node} has said nothing since {said}"
     if any(container.running and not container.is_init for container in pod.containers):
         return "WaitingForAgent", f"the agent of pod {pod.name} has not reported yet"
     return "ContainerCreating", f"pod {pod.name} is being started on {pod.node or 'no node yet'}"
+
+
+def _unschedulable(pod: PodView) -> tuple[str, str]:
+    reason = "ClaimMissing" if _CLAIM_MISSING.search(pod.unschedulable) else "Unschedulable"
+    return reason, f"pod {pod.name} cannot be scheduled: {pod.unschedulable}"
 
 
 def _container(pod: PodView, container: ContainerView) -> tuple[str, str] | None:
@@ -56,7 +73,7 @@ def _container(pod: PodView, container: ContainerView) -> tuple[str, str] | None
     if reason == "CreateContainerConfigError":
         kind = "SecretMissing" if "secret" in message.lower() else "ContainerConfigError"
         return kind, f"{where} cannot be configured: {message}"
-    if reason in ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull"):
+    if reason in _IMAGE:
         return "ImagePullFailed", f"the image of {where} cannot be pulled: {message or reason}"
     if reason == "InvalidImageName":
         return "InvalidImage", f"the image name of {where} is invalid: {message}"

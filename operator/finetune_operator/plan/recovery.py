@@ -11,7 +11,7 @@ the job before the budget does.
 
 Without permission or without the store nothing can be trained, and it is not the gang that can mend it. The gang is *held*: its pods
 stay, no worker runs, and another generation tries as long after the last as the trouble has lasted, from 15 seconds to 5 minutes. It
-never fails by itself.
+never fails by itself. A gang that cannot be placed as a whole (see ``giving_way``) is held in the same way, but gives its pods back.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ QUICK_FAILURE_SECONDS = 60.0
 LAST_BACKOFF_SECONDS = 300.0
 FIRST_HOLD_SECONDS = 15.0
 
-HELD = frozenset({"NoPermission", "StorageUnavailable"})
+GIVEN_BACK = frozenset({"PendingDeadlineExceeded", "GaveWay"})  # held without pods, for others need their places
+HELD = frozenset({"NoPermission", "StorageUnavailable"}) | GIVEN_BACK
 NEEDS_SOMEBODY = frozenset({"NoPermission"})  # the store comes back by itself, a permission does not
 NOBODYS_FAULT = frozenset({"Preempted", "PortInUse"}) | HELD  # no restart at all: neither used nor counted
 COUNTED_ONLY = frozenset({"RolledBack"})
@@ -51,6 +52,11 @@ class Hold:
         """Whether it waits for a person rather than for the store."""
         return self.reason in NEEDS_SOMEBODY
 
+    @property
+    def gives_back(self) -> bool:
+        """Whether it is held without pods."""
+        return self.reason in GIVEN_BACK
+
 
 def with_attempt(observed: Observation, status: JobStatus, gang: Gang, failure: Failure) -> JobStatus:
     """Return ``status`` with the end of ``gang`` among its attempts."""
@@ -61,7 +67,7 @@ def with_attempt(observed: Observation, status: JobStatus, gang: Gang, failure: 
         end_time=timestamp(observed.now),
         reason=failure.reason,
         message=failure.message[:2048],
-        pod=failure.pod,
+        pod=failure.pod or None,
         node=failure.node or None,
         rank=failure.rank,
         exit_code=failure.exit_code,

@@ -41,13 +41,22 @@ def render_pod(job: FineTuneJob, place: NewPod, settings: Settings) -> KubeObjec
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
-            "topologySpreadConstraints": [_one_per_node(job)],
+            **_spread(job, place),
             **_placement(job, profile),
             "initContainers": [_init_container(settings)],
             "containers": [_trainer_container(job, profile)],
             "volumes": _volumes(job, profile),
         },
     }
+
+
+def _spread(job: FineTuneJob, place: NewPod) -> KubeObject:
+    """Spread the gang over nodes, or keep the pod away from some: the scheduler adds up wishes, and would weigh one against the other."""
+    if not place.avoid:
+        return {"topologySpreadConstraints": [_one_per_node(job)]}
+    elsewhere = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in place.avoid]
+    wish = {"weight": 100, "preference": {"matchFields": elsewhere}}
+    return {"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [wish]}}}
 
 
 def _one_per_node(job: FineTuneJob) -> KubeObject:

@@ -1,0 +1,134 @@
+"""Agents that are not heard any more: which of them are lost, and when the truth is that nobody knows.
+
+An agent says something every 10 s, a report or a question. One that does not is lost when its node is not ready, or when it has been silent
+for ``silent_seconds`` and nothing else explains that:
+
+- This process listens. An agent's silence begins when it was heard last, or when this process began to hear agents at all, whichever is
+  later. So a new operator, a new leader and one whose network was away give every agent its full time again.
+- Some other agent, of any job, is heard. When all are silent it is the operator that hears nothing.
+- Its peers' steps do not advance. Ranks that train in step cannot go on without one, so a gang that advances has lost nobody. A step is
+  overdue after twice the time of the one before.
+
+Until then the truth is Unknown, and training goes on.
+"""
+
+from finetune_api.protocol import AgentState
+from finetune_api.status import Gang, Member
+from finetune_operator.plan.observation import Observation, Problem, timestamp
+from finetune_operator.views import PodView
+
+NODE_LOST, POD_SILENT = "NodeLost", "PodSilent"
+LATE_SECONDS = 15.0  # an agent says something every 10 s; a later one is not counted on
+LONGEST_STEP_SECONDS = 150.0  # two of them without an advance are a gang that stands still
+GATED_SECONDS = 10.0  # how often one that should be lost by time alone is looked at
+
+
+def find_loss(observed: Observation, gang: Gang, pod: PodView) -> Problem | None:
+    """Return why a pod that should be running is lost, or None."""
+    if not pod.usable:
+        return None
+    silent = silent_seconds(observed, pod.uid)
+    if pod.node_lost and not observed.most_nodes_lost and silent >= LATE_SECONDS:
+        return Problem(NODE_LOST, f"node {pod.node} is not ready, and the agent of pod {pod.name} on it is silent")
+    if silent < observed.silent_seconds or not _was_ever_heard(observed, gang, pod):
+        return None
+    if is_deaf(observed) or _peers_advance(observed, gang, pod.uid):
+        return None
+    since = _last_heard(observed, pod.uid)
+    return Problem(
+        POD_SILENT, f"the agent of pod {pod.name} on node {pod.node} is silent since {since}; others are heard"
+    )
+
+
+def is_at_hand(observed: Observation, pod: PodView) -> bool:
+    """Tell whether a pod's agent has been heard just now, so that a gang can count on it."""
+    heard = observed.heard.get(pod.uid)
+    if heard is None or observed.hearing is None:
+        return heard is not None
+    return (observed.now - heard.at).total_seconds() <= LATE_SECONDS
+
+
+def find_doubt(observed: Observation, gang: Gang) -> Problem | None:
+    """Return why it is not known how a member is, or None: it has been silent for too long, and that need not be its own fault."""
+    for member in _watched(observed, gang):
+        if silent_seconds(observed, member.uid) < observed.silent_seconds:
+            continue
+        if is_deaf(observed):
+            assert observed.hearing is not None
+            since = timestamp(observed.hearing.at)
+            return Problem(
+                "NoAgentHeard", f"no agent of any job has been heard since {since}; training needs no operator"
+            )
+        since = _last_heard(observed, member.uid)
+        why = f"the agent of pod {member.pod} (rank {member.rank}) is silent since {since}"
+        return Problem("AgentSilent", f"{why}, while its peers' steps advance")
+    return None
+
+
+def is_taking_stock(observed: Observation, gang: Gang) -> bool:
+    """Tell whether this process has not heard all members yet, and is not silent for long enough to wonder."""
+    return any(
+        member.uid not in observed.heard and silent_seconds(observed, member.uid) < observed.silent_seconds
+        for member in _watched(observed, gang)
+    )
+
+
+def silence_ends_in(observed: Observation, gang: Gang, pods: list[PodView]) -> float | None:
+    """Return in how many seconds the first of these pods may be lost if nothing is heard of it."""
+    if observed.hearing is None:
+        return None
+    left = []
+    for pod in pods:
+        if pod.usable and (pod.node_lost or _was_ever_heard(observed, gang, pod)):
+            limit = LATE_SECONDS if pod.node_lost else observed.silent_seconds
+            remaining = limit - silent_seconds(observed, pod.uid)
+            left.append(remaining if remaining > 0 else GATED_SECONDS)
+    return min(left, default=None)
+
+
+def silent_seconds(observed: Observation, pod_uid: str) -> float:
+    """Return for how long an agent has been silent while this process listened."""
+    if observed.hearing is None:
+        return 0.0
+    heard = observed.heard.get(pod_uid)
+    since = observed.hearing.since if heard is None else max(heard.at, observed.hearing.since)
+    return (observed.now - since).total_seconds()
+
+
+def is_deaf(observed: Observation) -> bool:
+    """Tell whether this process has not heard any agent lately."""
+    return observed.hearing is not None and (observed.now - observed.hearing.at).total_seconds() > LATE_SECONDS
+
+
+def _was_ever_heard(observed: Observation, gang: Gang, pod: PodView) -> bool:
+    """A member has been heard, by another process perhaps. Any other pod may still be on its way to its first word."""
+    return pod.uid in observed.heard or any(member.uid == pod.uid for member in gang.members)
+
+
+def _watched(observed: Observation, gang: Gang) -> list[Member]:
+    """Return the members whose silence means something: their pods should be running, and their work is not done."""
+    return [member for member in gang.members if _is_watched(observed, gang, member)]
+
+
+def _is_watched(observed: Observation, gang: Gang, member: Member) -> bool:
+    pod, said = observed.pod(member.uid), observed.said(gang, member)
+    return pod is not None and pod.usable and (said is None or said.state != AgentState.SUCCEEDED)
+
+
+def _peers_advance(observed: Observation, gang: Gang, pod_uid: str) -> bool:
+    return any(_advances(observed, gang, member) for member in gang.members if member.uid != pod_uid)
+
+
+def _advances(observed: Observation, gang: Gang, member: Member) -> bool:
+    """Tell whether the next step of a member is not overdue."""
+    heard = observed.heard.get(member.uid)
+    if heard is None or heard.step_at is None or heard.report.generation != gang.generation:
+        return False
+    age = (observed.now - heard.step_at).total_seconds()
+    return age < max(LATE_SECONDS, 2 * min(heard.step_seconds, LONGEST_STEP_SECONDS))
+
+
+def _last_heard(observed: Observation, pod_uid: str) -> str:
+    heard = observed.heard.get(pod_uid)
+    assert observed.hearing is not None
+    return timestamp(observed.hearing.since if heard is None else heard.at)
