@@ -107,6 +107,7 @@ class Reconciler:
             problem=find_problem(job, self._settings),
             obstacle=self._obstacles.get(job.metadata.uid),
             now=self._clock(),
+            listening_since=self._reports.listening_since,
         )
 
     def _take_status(self, body: dict[str, object]) -> None:

@@ -67,7 +67,7 @@ class FakeKubeApi:
         return [
             copy.deepcopy(body)
             for key, body in self.objects.items()
-            if key[0] == resource.plural and namespace in (None, key[1])
+            if key[0] == resource.plural and namespace in (None, key[1]) and _selects(label_selector, body)
         ]
 
     async def create(self, resource: Resource, namespace: str | None, body: KubeObject) -> KubeObject:
@@ -123,6 +123,15 @@ class FakeKubeApi:
             patched = copy.deepcopy(known) | {"status": apply_merge_patch(known.get("status"), status)}
             self._check_status(known, patched)
             return self.store(resource, patched, "MODIFIED")
+
+    async def patch_labels(
+        self, resource: Resource, namespace: str, name: str, *, uid: str, labels: Mapping[str, str | None]
+    ) -> KubeObject:
+        with self._write(f"labels {resource.plural}/{name}"):
+            known = self._known(resource, namespace, name)
+            if known["metadata"]["uid"] != uid:
+                raise Conflict("another object of this name", status=409)
+            return self.store(resource, apply_merge_patch(known, {"metadata": {"labels": labels}}))
 
     async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
         with self._write(f"delete {resource.plural}/{name}"):
@@ -194,6 +203,13 @@ class FakeKubeApi:
         if new_gang.get("members"):
             known = self.member_sets.setdefault((old["metadata"]["uid"], new_gang["generation"]), new_gang["members"])
             assert known == new_gang["members"], "one generation with two member sets"
+
+
+def _selects(selector: str | None, body: KubeObject) -> bool:
+    """Tell whether an object has the labels that a selector asks for: ``name`` or ``name=value``, separated by commas."""
+    labels = body["metadata"].get("labels", {})
+    terms = [term.partition("=") for term in (selector or "").split(",") if term]
+    return all(name in labels and value in ("", labels[name]) for name, _, value in terms)
 
 
 def _encode(secret: KubeObject) -> None:

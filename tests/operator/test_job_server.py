@@ -151,7 +151,7 @@ async def scene(keys: dict[str, rsa.RSAPrivateKey], certificates) -> AsyncIterat
     cache.observe_pod(pod_body("pod-2", 1))
     news: list[JobKey] = []
     verifier = TokenVerifier(api)
-    server = JobServer(cache=cache, reports=reports, verifier=verifier, on_news=news.append)
+    server = JobServer(cache=cache, reports=reports, verifier=verifier, leads=lambda: True, on_news=news.append)
     runner = web.AppRunner(server.app(), access_log=logging.getLogger("access"))
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server_context(certificates), shutdown_timeout=0.1)

@@ -1,4 +1,7 @@
-"""The newest report of each agent, in memory: agents repeat themselves, so an operator that starts anew soon knows it all again."""
+"""The newest report of each agent, in memory: agents repeat themselves, so an operator that starts anew soon knows it all again.
+
+What an agent has not said since ``listening_since`` it may have said to the leader before: its silence counts from then on, no sooner.
+"""
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -14,6 +17,11 @@ class Reports:
     def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
         self._heard: dict[str, Heard] = {}
+        self.listening_since = clock()
+
+    def start_listening(self) -> None:
+        """This process leads from now on."""
+        self.listening_since = self._clock()
 
     @property
     def heard(self) -> Mapping[str, Heard]:

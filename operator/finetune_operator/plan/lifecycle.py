@@ -64,6 +64,9 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
         failure, look_again = find_hang(observed, gang)
     if failure is not None:
         return _plan_failure(observed, status, gang, failure)
+    too_new = observed.seconds_to_hear_all(gang)
+    if too_new > 0:  # what the leader before this one has written stands
+        return Plan(status, look_again_seconds=_soonest(look_again, too_new, _deadline_seconds(observed)))
     ready = sum(state in (AgentState.RUNNING, AgentState.SUCCEEDED) for state in states)
     status = status.model_copy(update={"gang": gang.model_copy(update={"ready": ready})})
     status = with_conditions(observed, status, _running_situation(observed, gang, ready))

@@ -9,6 +9,9 @@ from finetune_api.protocol import Report
 from finetune_api.status import Gang, JobStatus, Member
 from finetune_operator.views import PodView
 
+ALWAYS = datetime.min.replace(tzinfo=UTC)
+HEARING_SECONDS = 15.0  # an agent reports every 10 s, and tries to reach a new leader every 5
+
 
 @dataclass(frozen=True, slots=True)
 class Heard:
@@ -32,7 +35,8 @@ class Observation:
     """Everything that is known of one job at one instant.
 
     ``heard`` is by pod uid, and holds only what this operator process has heard itself, also of members whose pods are gone. ``problem`` is what is wrong with the spec,
-    ``obstacle`` what the API server said when a pod could not be created.
+    ``obstacle`` what the API server said when a pod could not be created. ``listening_since`` is when this process began to lead: before
+    that, agents told another one, and nobody's silence counts.
     """
 
     job: FineTuneJob
@@ -41,6 +45,7 @@ class Observation:
     problem: Problem | None
     now: datetime
     obstacle: Problem | None = None
+    listening_since: datetime = ALWAYS
     _pods: Mapping[str, PodView] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -54,6 +59,12 @@ class Observation:
     def pod(self, uid: str) -> PodView | None:
         """Return the pod with this uid, if it exists."""
         return self._pods.get(uid)
+
+    def seconds_to_hear_all(self, gang: Gang) -> float:
+        """Return for how long this leader is too new to tell that a member it has not heard is silent; 0 when all were heard."""
+        if all(member.uid in self.heard for member in gang.members):
+            return 0.0
+        return max(0.0, HEARING_SECONDS - (self.now - self.listening_since).total_seconds())
 
     def said(self, gang: Gang, member: Member) -> Report | None:
         """Return what the agent of a member says of this generation, if it has said anything."""
