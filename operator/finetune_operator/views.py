@@ -1,6 +1,7 @@
 """What reconcile sees of pods: the few fields it decides from, as values."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,8 @@ class PodView:
     disruption: str = ""
     memory_limit: str = ""  # of its trainer
     containers: tuple[ContainerView, ...] = ()
+    agent_image: str = ""
+    trainer_image: str = ""
     resource_version: str = ""
 
     @property
@@ -59,6 +62,11 @@ class PodView:
     def usable(self) -> bool:
         """Whether it can hold a place in a gang."""
         return not self.deleting and not self.ended
+
+    @property
+    def trains(self) -> bool:
+        """Whether its trainer container runs, so that its images are good."""
+        return self.usable and any(one.name == contract.TRAINER_CONTAINER and one.running for one in self.containers)
 
 
 def pod_view(body: Mapping[str, Any]) -> PodView | None:
@@ -95,6 +103,8 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
             *(_container(item, is_init=True) for item in status.get("initContainerStatuses", ())),
             *(_container(item, is_init=False) for item in status.get("containerStatuses", ())),
         ),
+        agent_image=_image(spec.get("initContainers", ()), contract.AGENT_CONTAINER),
+        trainer_image=_image(spec.get("containers", ()), contract.TRAINER_CONTAINER),
         resource_version=metadata.get("resourceVersion", ""),
     )
 
@@ -104,6 +114,11 @@ def _memory_limit(spec: Mapping[str, Any]) -> str:
         if item["name"] == contract.TRAINER_CONTAINER:
             return str(item.get("resources", {}).get("limits", {}).get("memory", ""))
     return ""
+
+
+def _image(containers: Iterable[Mapping[str, Any]], name: str) -> str:
+    """Return a container's image; the same text for all pods, which are many."""
+    return sys.intern(next((one.get("image", "") for one in containers if one["name"] == name), ""))
 
 
 def _container(item: Mapping[str, Any], *, is_init: bool) -> ContainerView:

@@ -10,7 +10,9 @@ from finetune_api.status import Gang, JobStatus, Member
 from finetune_operator.views import PodView
 
 ALWAYS = datetime.min.replace(tzinfo=UTC)
-HEARING_SECONDS = 15.0  # an agent reports every 10 s, and tries to reach a new leader every 5
+HEARING_SECONDS = (
+    20.0  # an agent may wait 10 s for an answer of the leader before this one, and 5 s until it tries again
+)
 
 
 @dataclass(frozen=True, slots=True)
