@@ -69,7 +69,7 @@ class Lease:
     """For how long this process leads, as far as it knows. Written by one thread, read by all."""
 
     def __init__(self, clock: Clock = seconds_since_boot) -> None:
-        self._clock = clock
+        self.clock = clock
         self._until = -math.inf
         self._closed = False
 
@@ -79,7 +79,7 @@ class Lease:
 
     def seconds_left(self) -> float:
         """Return for how long this process leads if nothing more is heard; not positive if it does not lead."""
-        return -math.inf if self._closed else self._until - self._clock()
+        return -math.inf if self._closed else self._until - self.clock()
 
     def prolong(self, until: float) -> None:
         """Lead until then."""
@@ -106,9 +106,8 @@ class Candidate:
         name: str,
         identity: str,
         times: LeaderElection,
-        clock: Clock = seconds_since_boot,
     ) -> None:
-        self._api, self._lease, self._times, self._clock = api, lease, times, clock
+        self._api, self._lease, self._times, self._clock = api, lease, times, lease.clock
         self._namespace, self._name, self._identity = namespace, name, identity
         self._held: KubeObject | None = None  # as the API server acknowledged it
         self._seen_version = ""
@@ -148,10 +147,8 @@ class Candidate:
             return None
         version = found["metadata"]["resourceVersion"]
         if version != self._seen_version:
-            self._seen_version, self._seen_at = (
-                version,
-                self._clock(),
-            )  # not when it was asked for: it may be newer than that
+            # Not when it was asked for: it may be newer than that.
+            self._seen_version, self._seen_at = version, self._clock()
         return found
 
     def _may_take(self, found: KubeObject) -> bool:
@@ -258,13 +255,15 @@ class Campaign:
         await api.close()
 
     async def _try(self, candidate: Candidate) -> None:
-        """One try, which is given up in time for two more before the lease has no time left."""
+        """One try, which is given up in time for another before the lease has no time left."""
+        left = self._lease.seconds_left()
+        seconds = self._times.renew_seconds / 3
         try:
-            async with asyncio.timeout(self._times.renew_seconds / 3):
+            async with asyncio.timeout(min(seconds, left) if left > 0 else seconds):
                 await candidate.try_once()
         except (KubeError, TimeoutError) as error:
             self._tell(
-                f"the lease cannot be {'renewed' if self._leads else 'looked at'}: {error or 'no answer in time'}"
+                f"the lease cannot be {'renewed' if self._leads else 'looked at'}: {str(error) or 'no answer in time'}"
             )
             return
         if self._lease.has_time() and not self._leads:
