@@ -133,6 +133,25 @@ async def test_another_takes_a_lease_that_has_not_changed_for_as_long_as_it_last
     assert (spec["holderIdentity"], spec["leaseTransitions"]) == ("b", 2)
 
 
+async def test_what_is_seen_is_as_new_as_the_answer(api: FakeKubeApi, clock: Clock) -> None:
+    """A request that travels for long may come back with a lease that was renewed on its way."""
+    leader, other = Replica(api, clock, "a"), Replica(api, clock, "b")
+    await leader.tries()
+    get = api.get
+
+    async def slow(*arguments: Any) -> KubeObject:
+        clock.now += 9
+        await leader.tries()
+        return await get(*arguments)
+
+    api.get = slow
+    assert not await other.tries()
+    api.get = get
+    clock.now += 9
+    assert leader.lease.has_time()
+    assert not await other.tries()
+
+
 async def test_every_renewal_is_a_sign_of_life_whatever_clocks_say(api: FakeKubeApi, clock: Clock) -> None:
     leader, other = Replica(api, clock, "a"), Replica(api, clock, "b")
     for _ in range(5):
