@@ -275,14 +275,21 @@ async def test_fields_of_a_newer_agent_are_ignored(scene: Scene) -> None:
     assert status == 200
 
 
-async def test_a_report_of_another_generation_than_the_committed_one_is_heard_and_orders_nothing_older(
-    scene: Scene,
-) -> None:
-    """What an agent says of a generation that is over, or of none that was ever minted, changes no decision: see plan/observation.py."""
+async def test_a_report_of_a_generation_that_was_never_committed_is_refused(scene: Scene) -> None:
+    refused = (409, {"error": "generation 1 is not known (yet): the newest is 0"})
+    assert await scene.report(replace(idle_report(POD, 0), generation=1)) == refused
+    assert (dict(scene.reports.heard), scene.news) == ({}, [])
     scene.commit(committed())
-    for generation in (0, 7):
-        _, answer = await scene.report(replace(idle_report(POD, 0), generation=generation))
-        assert (answer["action"], answer["generation"]) == ("Run", 1)
+    assert (await scene.report(replace(idle_report(POD, 0), generation=1)))[0] == 200
+    assert (await scene.report(replace(idle_report(POD, 0), generation=2)))[0] == 409
+    assert scene.reports.heard[POD].report.generation == 1
+
+
+async def test_a_report_of_an_older_generation_is_heard_and_answered_with_the_newest(scene: Scene) -> None:
+    """It is how an agent is until it has heard of the newest; decisions pass it over (``Observation.said``)."""
+    scene.commit(committed())
+    _, answer = await scene.report(replace(idle_report(POD, 0), generation=0))
+    assert (answer["action"], answer["generation"]) == ("Run", 1)
 
 
 async def test_a_job_that_only_a_newer_version_can_read_is_left_as_it_is(scene: Scene) -> None:

@@ -78,10 +78,13 @@ class JobServer:
             raise _refusal(web.HTTPBadRequest, f"protocol {report.protocol} is not served; served: {SERVED_VERSIONS}")
         pod = self._own_pod(caller, report.pod_uid)
         key = JobKey((pod.namespace, pod.job))
-        self._check_that_it_leads()
+        order, committed = self._order(key, pod), self._committed_generation(key, pod)
+        if committed is not None and report.generation > committed:
+            why = f"generation {report.generation} is not known (yet): the newest is {committed}"
+            raise _refusal(web.HTTPConflict, why)
         if self._reports.hear(report):
             self._on_news(key)
-        return web.json_response(to_wire(self._order(key, pod)))
+        return web.json_response(to_wire(order))
 
     async def _get_order(self, request: web.Request) -> web.Response:
         caller = await self._caller(request)
@@ -103,13 +106,24 @@ class JobServer:
 
     def _order(self, key: JobKey, pod: PodView) -> Order:
         self._check_that_it_leads()
+        job = self._job(key, pod)
+        return order_for(job, pod.uid) if job else Order(action=Action.WAIT)
+
+    def _committed_generation(self, key: JobKey, pod: PodView) -> int | None:
+        job = self._job(key, pod)
+        if job is None:
+            return None
+        return job.status.gang.generation if job.status and job.status.gang else 0
+
+    def _job(self, key: JobKey, pod: PodView) -> FineTuneJob | None:
+        """Return a pod's job, or None when nothing can be said of it: what runs goes on, for an agent obeys no lower generation."""
         body = self._cache.job(key)
         if body is None or body["metadata"]["uid"] != pod.job_uid:
-            return Order(action=Action.WAIT)  # its job is gone, and the garbage collector is on its way
+            return None  # gone, and the garbage collector is on its way
         try:
-            return order_for(self._parsed(key, body), pod.uid)
-        except ValidationError:  # written by a newer version: what runs goes on, for no agent obeys a lower generation
-            return Order(action=Action.WAIT)
+            return self._parsed(key, body)
+        except ValidationError:  # written by a newer version
+            return None
 
     def _parsed(self, key: JobKey, body: dict[str, Any]) -> FineTuneJob:
         cached, job = self._at_hand.pop(key, (None, None))
