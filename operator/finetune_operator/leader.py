@@ -123,7 +123,7 @@ class Candidate:
         found, self._held = self._held, None  # a write that is not acknowledged may have been done
         if found is None:
             found = await self._look()
-        if found is not None and not self._may_take(found):
+        if not self._may_take(found):
             self._lease.end()
             return
         self._held = await self._write(found)
@@ -151,7 +151,9 @@ class Candidate:
             self._seen_version, self._seen_at = version, self._clock()
         return found
 
-    def _may_take(self, found: KubeObject) -> bool:
+    def _may_take(self, found: KubeObject | None) -> bool:
+        if found is None:  # never made, or deleted under its holder, who will make it again
+            return self._clock() - self._seen_at >= self._times.lease_seconds
         spec = found.get("spec") or {}
         if spec.get("holderIdentity") in (None, "", self._identity):
             return True

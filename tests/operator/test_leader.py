@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.kube.api import LEASES
-from finetune_operator.kube.errors import Conflict, Unavailable
+from finetune_operator.kube.errors import Conflict, NotFound, Unavailable
 from finetune_operator.kube_object import KubeObject
 from finetune_operator.leader import Campaign, Candidate, Lease, OwnPod, identity_of, own_pod
 from finetune_operator.settings import LeaderElection
@@ -197,6 +197,24 @@ async def test_what_others_have_written_on_the_lease_stays(api: FakeKubeApi, clo
     with pytest.raises(Conflict):
         await leader.tries()
     assert await leader.tries()
+
+
+async def test_a_lease_that_somebody_deletes_is_its_holder_s_to_make_again(api: FakeKubeApi, clock: Clock) -> None:
+    leader, other = Replica(api, clock, "a"), Replica(api, clock, "b")
+    await leader.tries()
+    await other.tries()
+    clock.now += 2
+    del api.objects[LEASES.plural, NAMESPACE, NAME]
+    assert not await other.tries()
+    with pytest.raises(NotFound):
+        await leader.tries()
+    assert await leader.tries()
+    clock.now += 9
+    assert not await other.tries()
+    assert leader.lease.has_time()
+    del api.objects[LEASES.plural, NAMESPACE, NAME]
+    clock.now += 15
+    assert await other.tries(), "it is gone with its holder"
 
 
 # Losing it.
