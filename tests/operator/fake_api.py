@@ -53,7 +53,7 @@ class FakeKubeApi:
         self.fail_next: str | None = None  # the next write gets no answer: "lost" has done it, "refused" has not
         self.refuse_pods: dict[str, KubeError] = {}  # by rank
         self.clock: Callable[[], datetime] = lambda: NOON
-        self._resource_version = 100
+        self.resource_version = 100
         self._uids = 0
 
     # KubeApi.
@@ -155,8 +155,8 @@ class FakeKubeApi:
 
     def store(self, resource: Resource, body: KubeObject, event: str = "MODIFIED") -> KubeObject:
         """Write an object as anybody might."""
-        self._resource_version += 1
-        body["metadata"]["resourceVersion"] = str(self._resource_version)
+        self.resource_version += 1
+        body["metadata"]["resourceVersion"] = str(self.resource_version)
         self.objects[resource.plural, body["metadata"]["namespace"], body["metadata"]["name"]] = body
         if resource in (JOBS, PODS):
             self.events.append((event, copy.deepcopy(body)))
@@ -165,8 +165,8 @@ class FakeKubeApi:
     def remove(self, resource: Resource, namespace: str, name: str) -> None:
         """An object is gone, and what it owns."""
         body = self.objects.pop((resource.plural, namespace, name))
-        self._resource_version += 1
-        body["metadata"]["resourceVersion"] = str(self._resource_version)
+        self.resource_version += 1
+        body["metadata"]["resourceVersion"] = str(self.resource_version)
         if resource in (JOBS, PODS):
             self.events.append(("DELETED", copy.deepcopy(body)))
         for key, child in list(self.objects.items()):

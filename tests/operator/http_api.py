@@ -22,9 +22,41 @@ from finetune_operator.kube.api import (
 )
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.errors import KubeError
+from finetune_operator.kube_object import KubeObject
 from tests.operator.fake_api import FakeKubeApi
 
 RESOURCES = (ACCESS_REVIEWS, CONFIG_MAPS, JOBS, LEASES, NETWORK_POLICIES, PODS, SECRETS)
+
+
+def _described(*resources: Resource) -> dict[str, Any]:
+    verbs = ["get", "list", "watch", "patch"]
+    return {
+        "resources": [
+            {"kind": one.kind, "name": one.plural, "singularName": "", "namespaced": True, "verbs": verbs}
+            for one in resources
+        ]
+    }
+
+
+def _discovery() -> dict[str, Any]:
+    """Return what kopf must find before it watches anything: namespaces and CRDs too, which it then leaves alone."""
+    namespaces = Resource("v1", "namespaces", "Namespace")
+    crds = Resource("apiextensions.k8s.io/v1", "customresourcedefinitions", "CustomResourceDefinition")
+    groups = [resource.group_version.split("/") for resource in (JOBS, crds)]
+    return {
+        "/api": {"versions": ["v1"]},
+        "/api/v1": _described(PODS, namespaces),
+        "/apis": {
+            "groups": [
+                {"name": group, "versions": [{"version": version}], "preferredVersion": {"version": version}}
+                for group, version in groups
+            ]
+        },
+        **{f"/apis/{resource.group_version}": _described(resource) for resource in (JOBS, crds)},
+    }
+
+
+DISCOVERY = _discovery()
 
 
 class HttpApi:
@@ -36,6 +68,8 @@ class HttpApi:
         self.answer_with: list[tuple[int, dict[str, str]]] = []  # to the next requests, with headers
         self.hold = asyncio.Event()  # requests wait until it is set
         self.hold.set()
+        self._history: list[tuple[str, KubeObject]] = []  # what watches have shown
+        self._stopping = False
         self._runner: web.AppRunner | None = None
         self.url = ""
 
@@ -53,6 +87,7 @@ class HttpApi:
     ) -> None:
         assert self._runner is not None
         self.hold.set()
+        self._stopping = True
         await self._runner.cleanup()
 
     async def connect(self, *, may_write: Callable[[], bool]) -> KubeClient:
@@ -61,16 +96,36 @@ class HttpApi:
         configuration.host = self.url
         return KubeClient(ApiClient(configuration), may_write=may_write)
 
-    async def _handle(self, request: web.Request) -> web.Response:
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.requests.append((request.method, request.path))
         await self.hold.wait()
         if self.answer_with:
             status, headers = self.answer_with.pop(0)
             return web.json_response({"message": "as the test said"}, status=status, headers=headers)
+        if request.path in DISCOVERY:
+            return web.json_response(DISCOVERY[request.path])
+        if "watch" in request.query:
+            return await self._watch(request)
         try:
             return web.json_response(await self._do(request))
         except KubeError as error:
             return web.json_response({"message": str(error)}, status=error.status)
+
+    async def _watch(self, request: web.Request) -> web.StreamResponse:
+        """Show what happens, from a version on, until the watcher goes."""
+        resource, *_ = _parsed(request.path)
+        since, shown = int(request.query["resourceVersion"]), 0
+        stream = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await stream.prepare(request)
+        while not self._stopping:
+            while self.api.events:
+                self._history.append(self.api.events.popleft())
+            for kind, body in self._history[shown:]:
+                if (body["kind"], int(body["metadata"]["resourceVersion"]) > since) == (resource.kind, True):
+                    await stream.write(json.dumps({"type": kind, "object": body}).encode() + b"\n")
+            shown = len(self._history)
+            await asyncio.sleep(0.02)
+        return stream
 
     async def _do(self, request: web.Request) -> Any:  # noqa: PLR0911  one for each verb
         resource, namespace, name, subresource = _parsed(request.path)
@@ -78,7 +133,7 @@ class HttpApi:
         body = json.loads(raw) if raw else {}
         if request.method == "GET" and not name:
             items = await self.api.list(resource, namespace, label_selector=request.query.get("labelSelector"))
-            return {"metadata": {}, "items": items}
+            return {"metadata": {"resourceVersion": str(self.api.resource_version)}, "items": items}
         if request.method == "POST":
             return await self.api.create(resource, namespace, body)
         assert namespace is not None

@@ -418,7 +418,7 @@ def test_standing_by_is_cheap_and_waiting_for_an_api_server_ends_nothing() -> No
 
 # The thread that does all that, in its own loop.
 
-QUICK = LeaderElection(lease_seconds=2, renew_seconds=0.9, retry_seconds=0.02)
+QUICK = LeaderElection(lease_seconds=2, renew_seconds=1.6, retry_seconds=0.02)
 
 
 def wait_for(holds: Callable[[], bool]) -> None:

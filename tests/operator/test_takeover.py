@@ -20,7 +20,7 @@ from tests.operator.http_api import HttpApi
 QUICK = """
 jobServerPort: 1
 healthPort: 1
-leaderElection: {leaseSeconds: 2, renewSeconds: 0.9, retrySeconds: 0.05}
+leaderElection: {leaseSeconds: 6, renewSeconds: 4, retrySeconds: 0.05}
 """
 HOME = "finetune-system"
 
