@@ -268,9 +268,10 @@ class Campaign:
                 f"the lease cannot be {'renewed' if self._leads else 'looked at'}: {str(error) or 'no answer in time'}"
             )
             return
+        self._told = ""
         if self._lease.has_time() and not self._leads:
             self._leads = True
-            self._tell(f"leading, as {self._identity}")
+            logger.info("leading, as %s", self._identity)
             self._on_leading()
 
     def _seconds_until_next_try(self) -> float:

@@ -355,7 +355,9 @@ def test_an_api_server_that_hangs_costs_the_lease_when_its_time_is_over() -> Non
     in_virtual_time(play)
 
 
-def test_an_api_server_that_hangs_for_a_while_costs_nothing() -> None:
+def test_an_api_server_that_hangs_for_a_while_costs_nothing_and_is_told_each_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def play() -> None:
         api, loop = Connection(), asyncio.get_running_loop()
         told = Told(api, loop.time)
@@ -367,6 +369,7 @@ def test_an_api_server_that_hangs_for_a_while_costs_nothing() -> None:
             assert told.lease.has_time()
             api.hangs = False
         assert told.events == [("leading", 0.0)]
+        assert caplog.text.count("the lease cannot be renewed: no answer in time") == 20
         run.cancel()
 
     in_virtual_time(play)
