@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -117,14 +118,15 @@ class HttpApi:
         since, shown = int(request.query["resourceVersion"]), 0
         stream = web.StreamResponse(headers={"Content-Type": "application/json"})
         await stream.prepare(request)
-        while not self._stopping:
-            while self.api.events:
-                self._history.append(self.api.events.popleft())
-            for kind, body in self._history[shown:]:
-                if (body["kind"], int(body["metadata"]["resourceVersion"]) > since) == (resource.kind, True):
-                    await stream.write(json.dumps({"type": kind, "object": body}).encode() + b"\n")
-            shown = len(self._history)
-            await asyncio.sleep(0.02)
+        with suppress(ConnectionError):
+            while not self._stopping:
+                while self.api.events:
+                    self._history.append(self.api.events.popleft())
+                for kind, body in self._history[shown:]:
+                    if body["kind"] == resource.kind and int(body["metadata"]["resourceVersion"]) > since:
+                        await stream.write(json.dumps({"type": kind, "object": body}).encode() + b"\n")
+                shown = len(self._history)
+                await asyncio.sleep(0.02)
         return stream
 
     async def _do(self, request: web.Request) -> Any:  # noqa: PLR0911  one for each verb
