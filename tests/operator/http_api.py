@@ -65,7 +65,7 @@ class HttpApi:
 
     def __init__(self, api: FakeKubeApi) -> None:
         self.api = api
-        self.requests: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str, str]] = []  # method, path, token
         self.answer_with: list[tuple[int, dict[str, str]]] = []  # to the next requests, with headers
         self.hold = asyncio.Event()  # requests wait until it is set
         self.hold.set()
@@ -98,7 +98,8 @@ class HttpApi:
         return KubeClient(ApiClient(configuration), may_write=may_write)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        self.requests.append((request.method, request.path))
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.requests.append((request.method, request.path, token))
         await self.hold.wait()
         if self.answer_with:
             status, headers = self.answer_with.pop(0)
