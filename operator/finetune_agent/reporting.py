@@ -9,6 +9,7 @@ the next one to whoever leads (a follower answers 503).
 import http.client
 import json
 import random
+import socket
 import ssl
 import threading
 import time
@@ -27,6 +28,8 @@ REPORT_SECONDS = 10.0  # for one answer to a report
 POLL_MARGIN_SECONDS = 10.0  # for an answer to a poll, beyond the server's own wait
 QUICK_ANSWER_SECONDS = 1.0  # an unchanged order that comes sooner is a server that does not wait
 ANSWER_BYTES = 65536
+# A poll waits in silence, and a machine that dies says nothing: the kernel asks after 5 s, and gives up after 11.
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))
 FIRST_BACKOFF_SECONDS = 0.2
 LONGEST_BACKOFF_SECONDS = 5.0
 NOT_LEADER_SECONDS = 1.0
@@ -125,7 +128,12 @@ class HttpsJobServer:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.minimum_version = ssl.TLSVersion.TLSv1_2
             context.load_verify_locations(cafile=str(self._access.ca_file))
-            self._connection = http.client.HTTPSConnection(self._host, self._port, timeout=seconds, context=context)
+            connection = http.client.HTTPSConnection(self._host, self._port, timeout=seconds, context=context)
+            connection.connect()
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE:
+                connection.sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            self._connection = connection
         return self._connection
 
     def _read(self, status: int, answer: bytes) -> Optional[Order]:

@@ -51,7 +51,9 @@ class Reconciler:
         self._api, self._cache, self._reports, self._settings = api, cache, reports, settings
         self._ca_certificates, self._on_status, self._clock = ca_certificates, on_status, clock
         self._status = StatusWriter(api, progress_seconds=settings.progress_seconds)
-        self._furnished: set[str] = set()  # uids of jobs whose ConfigMap and NetworkPolicy this process has applied
+        self._furnished: dict[
+            str, int
+        ] = {}  # by job uid: the spec whose ConfigMap and NetworkPolicy this process has applied
         self._obstacles: dict[str, Problem] = {}
 
     async def reconcile(self, key: JobKey) -> float | None:
@@ -79,8 +81,10 @@ class Reconciler:
         obstacle = None
         self._obstacles.pop(uid, None)
         if plan.create:
-            await self._furnish(job)
-            obstacle = await self._create_pods(job, plan.create)
+            if not any(pod.usable for pod in observed.pods):  # else a new version would change what they run on
+                await self._furnish(job)
+            peer = next((pod for pod in observed.pods if pod.trains), None)
+            obstacle = await self._create_pods(job, plan.create, peer)
         await self._delete_pods(plan.delete)
         if plan.delete_job:
             await self._delete_job(job)
@@ -91,7 +95,7 @@ class Reconciler:
 
     def forget(self, job_uid: str) -> None:
         """Drop what is remembered of a job that is gone."""
-        self._furnished.discard(job_uid)
+        self._furnished.pop(job_uid, None)
         self._obstacles.pop(job_uid, None)
         self._status.forget(job_uid)
 
@@ -137,21 +141,21 @@ class Reconciler:
 
     async def _furnish(self, job: FineTuneJob) -> None:
         """Apply what all pods of the job share, before the first of them."""
-        if job.metadata.uid in self._furnished:
+        if self._furnished.get(job.metadata.uid) == job.metadata.generation:
             return
         namespace = job.metadata.namespace
         config = render_config(job, self._settings, self._ca_certificates)
         await self._api.apply(CONFIG_MAPS, namespace, config)
         await self._api.apply(NETWORK_POLICIES, namespace, render_network_policy(job, self._settings))
-        self._furnished.add(job.metadata.uid)
+        self._furnished[job.metadata.uid] = job.metadata.generation
 
-    async def _create_pods(self, job: FineTuneJob, places: Sequence[NewPod]) -> Problem | None:
+    async def _create_pods(self, job: FineTuneJob, places: Sequence[NewPod], peer: PodView | None) -> Problem | None:
         """Create pods, and return why the first that was refused was: the same whichever answer came last."""
         limit = asyncio.Semaphore(POD_REQUESTS_AT_ONCE)
 
         async def create(place: NewPod) -> Problem | None:
             async with limit:
-                return await self._create_pod(job, place)
+                return await self._create_pod(job, place, peer)
 
         outcomes = await asyncio.gather(*(create(place) for place in places), return_exceptions=True)
         for outcome in outcomes:  # all have been tried; one error is enough to come back
@@ -159,8 +163,8 @@ class Reconciler:
                 raise outcome
         return next((outcome for outcome in outcomes if isinstance(outcome, Problem)), None)
 
-    async def _create_pod(self, job: FineTuneJob, place: NewPod) -> Problem | None:
-        body = render_pod(job, place, self._settings)
+    async def _create_pod(self, job: FineTuneJob, place: NewPod, peer: PodView | None) -> Problem | None:
+        body = render_pod(job, place, self._settings, peer)
         namespace, name = job.metadata.namespace, body["metadata"]["name"]
         try:
             self._cache.observe_pod(await self._api.create(PODS, namespace, body))

@@ -1,25 +1,33 @@
-"""The whole state of an operator process: built in one place at start, freed in one place at the end."""
+"""The whole state of an operator process: built in one place at start, freed in one place at the end.
+
+Every replica watches, and is ready when it has seen all jobs and pods. Only the leader works, writes and talks to agents (see leader.py).
+What takes over works from the cache that it has kept, and has heard no agent yet.
+"""
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+import ssl
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from aiohttp import web
 
 from finetune_api.contract import MANAGED_BY_LABEL, MANAGER
 from finetune_operator.access import check_access
-from finetune_operator.cache import Cache, JobKey
+from finetune_operator.cache import Cache, JobKey, job_key
 from finetune_operator.health import Health
 from finetune_operator.jobserver.app import JobServer
 from finetune_operator.jobserver.auth import TokenVerifier
-from finetune_operator.jobserver.certificate_store import load_certificates, server_context
+from finetune_operator.jobserver.certificate_store import load_certificates, server_context, show
 from finetune_operator.jobserver.reports import Reports
+from finetune_operator.jobserver.tls import Certificates
 from finetune_operator.kube.api import JOBS, PODS, Resource
 from finetune_operator.kube.client import KubeClient
-from finetune_operator.kube.errors import Conflict, KubeError
+from finetune_operator.kube.errors import Conflict, KubeError, TooMany, Unavailable
 from finetune_operator.kube_object import KubeObject
+from finetune_operator.leader import Campaign, Lease, OwnPod, identity_of, own_pod
+from finetune_operator.leader_label import show_leader
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
 from finetune_operator.workqueue import WorkQueue
@@ -29,56 +37,114 @@ logger = logging.getLogger(__name__)
 POD_SELECTOR = f"{MANAGED_BY_LABEL}={MANAGER}"
 RESYNC_SECONDS = 300.0
 CONFLICT_SECONDS = 0.05
+START_RETRY_SECONDS = 2.0
+CERTIFICATE_SECONDS = 3600.0
+LABEL_SECONDS = 30.0
+LABEL_RETRY_SECONDS = 1.0
+GOODBYE_SECONDS = 1.0  # for requests that are being answered when the process stops
+
+T = TypeVar("T")
 
 
 class Runtime:
     """One operator process. ``start`` it, feed it with what the watches see, ``stop`` it."""
 
-    def __init__(self, settings: Settings, client: KubeClient, ca_certificates: str) -> None:
-        self._settings, self._client = settings, client
+    def __init__(
+        self, settings: Settings, client: KubeClient, lease: Lease, certificates: Certificates, health: Health
+    ) -> None:
+        self._settings, self._client, self._lease, self.health = settings, client, lease, health
         self.cache = Cache()
         self.queue: WorkQueue[JobKey] = WorkQueue()
+        self._leads = False
+        self._certificates, self._tls = certificates, server_context(certificates)
         self._reports = Reports(_now)
         self._job_server = JobServer(
-            cache=self.cache, reports=self._reports, verifier=TokenVerifier(client), on_news=self.queue.add
+            cache=self.cache,
+            reports=self._reports,
+            verifier=TokenVerifier(client),
+            leads=lease.has_time,
+            on_news=self.queue.add,
         )
         self._reconciler = Reconciler(
             api=client,
             cache=self.cache,
             reports=self._reports,
             settings=settings,
-            ca_certificates=ca_certificates,
+            ca_certificates=certificates.authority,
             on_status=self._job_server.job_changed,
             clock=_now,
         )
-        self.health = Health()
+        self._campaign: Campaign | None = None
+        self._pod = own_pod()
         self._runners: list[web.AppRunner] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    async def start(cls, settings: Settings, on_fatal: Callable[[], None]) -> Self:
-        """Connect, take stock, and serve. ``on_fatal`` is called when a part of the process has died."""
-        client = await KubeClient.connect()
-        await check_access(client, settings)
-        certificates = await load_certificates(client, settings, _now())
-        runtime = cls(settings, client, certificates.authority)
-        await runtime._take_stock()
-        await runtime._listen(runtime._job_server.app(), settings.job_server_port, server_context(certificates))
-        await runtime._listen(runtime.health.app(), settings.health_port, None)
-        for number in range(settings.workers):
-            runtime._spawn(runtime._work(), f"worker-{number}", on_fatal)
+    async def start(cls, settings: Settings, *, on_fatal: Callable[[], None], on_lost: Callable[[], None]) -> Self:
+        """Connect, take stock, and stand by to lead.
+
+        ``on_fatal`` is called when a part of the process has died. ``on_lost`` is called, from any thread, when the process has led and
+        does no more: it must end the process at once.
+        """
+        health = Health()
+        health_runner = await _listen(health.app(), settings.health_port, None)
+        certificates = await _patiently(lambda: _prepare(settings))
+        lease = Lease()
+        client = await KubeClient.connect(may_write=lease.has_time)
+        runtime = cls(settings, client, lease, certificates, health)
+        runtime._runners.append(health_runner)
+        await _patiently(runtime._take_stock)
+        runtime._runners.append(await _listen(runtime._job_server.app(), settings.job_server_port, runtime._tls))
         runtime._spawn(runtime._resync(), "resync", on_fatal)
-        runtime.health.ready = True
-        logger.info("serving agents on port %d", settings.job_server_port)
+        runtime._spawn(runtime._keep_certificates(), "certificates", on_fatal)
+        runtime._stand_for_election(on_fatal, on_lost)
+        health.ready = True
+        logger.info("standing by")
         return runtime
 
+    def _stand_for_election(self, on_fatal: Callable[[], None], on_lost: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def take_over() -> None:
+            loop.call_soon_threadsafe(self._take_over, on_fatal, on_lost)
+
+        self._campaign = Campaign(
+            connect=lambda: KubeClient.connect(may_write=lambda: True),  # the lease's own writes are what decides
+            lease=self._lease,
+            namespace=self._settings.namespace,
+            name=self._settings.service,
+            identity=identity_of(self._pod),
+            times=self._settings.leader_election,
+            on_leading=take_over,
+            on_lost=on_lost,
+        )
+        self._campaign.start()
+
+    def _take_over(self, on_fatal: Callable[[], None], on_lost: Callable[[], None]) -> None:
+        """Lead from now on: look at every job."""
+        if not self.health.ready:
+            return  # and about to stop
+        self._leads = True
+        self._reports.start_listening()
+        for job in self.cache.jobs():
+            self.queue.add(job_key(job))
+        self._spawn(self._watch_lease(on_lost), "lease", on_fatal)
+        if self._pod is not None:
+            self._spawn(self._keep_label(self._pod), "label", on_fatal)
+        for number in range(self._settings.workers):
+            self._spawn(self._work(), f"worker-{number}", on_fatal)
+        logger.info("leading: serving agents on port %d", self._settings.job_server_port)
+
     async def stop(self) -> None:
-        """End all tasks and close all connections."""
+        """End all tasks, give the lease back, and close all connections."""
         self.health.ready = False
         self.queue.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._campaign is not None:
+            await asyncio.to_thread(self._campaign.stop)
+        self._job_server.dismiss_all()
         for runner in self._runners:
             await runner.cleanup()
         await self._client.close()
@@ -89,23 +155,28 @@ class Runtime:
         if deleted:
             self._reconciler.forget(body["metadata"]["uid"])
         self._job_server.job_changed(key)
-        self.queue.add(key)
+        self._add(key)
 
     def observe_pod(self, body: Mapping[str, Any], *, deleted: bool) -> None:
         """Take in what the watch of pods has seen."""
         key = self.cache.observe_pod(body, deleted=deleted)
         if key is not None:
+            self._add(key)
+
+    def _add(self, key: JobKey) -> None:
+        """Queue a job. Who stands by queues nothing: nobody would take it out, and taking over begins with every job."""
+        if self._leads:
             self.queue.add(key)
 
     async def _take_stock(self) -> None:
         """Replace what the cache knows by full lists, and look at every job."""
         self.cache.begin_sweep()
         for job in await self._list(JOBS, None):
-            self.queue.add(self.cache.observe_job(job))
+            self._add(self.cache.observe_job(job))
         for pod in await self._list(PODS, POD_SELECTOR):
             self.cache.observe_pod(pod)
         for key in self.cache.end_sweep():
-            self.queue.add(key)
+            self._add(key)
         self._reports.keep_only(self.cache.pod_uids())
 
     async def _list(self, resource: Resource, selector: str | None) -> list[KubeObject]:
@@ -120,6 +191,36 @@ class Runtime:
                 await self._take_stock()
             except KubeError as error:
                 logger.warning("cannot list all jobs and pods now: %s", error)
+
+    async def _watch_lease(self, on_lost: Callable[[], None]) -> None:
+        """The lease's own thread sees its end too, unless it hangs."""
+        while (left := self._lease.seconds_left()) > 0:  # noqa: ASYNC110  time passing is no event
+            await asyncio.sleep(left)
+        logger.critical("the lease has no time left; this process ends")
+        on_lost()
+
+    async def _keep_label(self, pod: OwnPod) -> None:
+        while True:
+            try:
+                await show_leader(self._client, self._settings.namespace, pod)
+            except KubeError as error:
+                logger.warning("agents may not find this leader: %s", error)
+                await asyncio.sleep(LABEL_RETRY_SECONDS)
+            else:
+                await asyncio.sleep(LABEL_SECONDS)
+
+    async def _keep_certificates(self) -> None:
+        """Show what is in the Secret; the leader renews it in time."""
+        while True:
+            await asyncio.sleep(CERTIFICATE_SECONDS)
+            try:
+                self._certificates = await load_certificates(
+                    self._client, self._settings, _now(), known=self._certificates, may_write=self._lease.has_time()
+                )
+            except KubeError as error:
+                logger.warning("cannot read the job server's certificates now: %s", error)
+            else:
+                show(self._tls, self._certificates)
 
     async def _work(self) -> None:
         while True:
@@ -157,12 +258,6 @@ class Runtime:
         else:
             self.queue.add_after(key, CONFLICT_SECONDS)
 
-    async def _listen(self, app: web.Application, port: int, ssl_context: Any) -> None:
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        self._runners.append(runner)
-        await web.TCPSite(runner, "0.0.0.0", port, ssl_context=ssl_context).start()  # noqa: S104  a pod's own address
-
     def _spawn(self, work: Coroutine[Any, Any, None], name: str, on_fatal: Callable[[], None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name=name)
 
@@ -173,6 +268,33 @@ class Runtime:
 
         task.add_done_callback(ended)
         self._tasks.append(task)
+
+
+async def _prepare(settings: Settings) -> Certificates:
+    """Do what any replica may do: ask for its rights, and make the certificates if there are none (see load_certificates)."""
+    client = await KubeClient.connect(may_write=lambda: True)
+    try:
+        await check_access(client, settings)
+        return await load_certificates(client, settings, _now())
+    finally:
+        await client.close()
+
+
+async def _patiently(do: Callable[[], Awaitable[T]]) -> T:
+    """Wait for an API server that is away: a process that ends instead is started again later and later."""
+    while True:
+        try:
+            return await do()
+        except (TooMany, Unavailable) as error:
+            logger.warning("cannot start yet: %s", error)
+            await asyncio.sleep(START_RETRY_SECONDS)
+
+
+async def _listen(app: web.Application, port: int, ssl_context: ssl.SSLContext | None) -> web.AppRunner:
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=GOODBYE_SECONDS)
+    await runner.setup()
+    await web.TCPSite(runner, "0.0.0.0", port, ssl_context=ssl_context).start()  # noqa: S104  a pod's own address
+    return runner
 
 
 def _now() -> datetime:

@@ -6,10 +6,10 @@ FINETUNE_OPERATOR_CONFIG   path of the file, default /etc/finetune-operator/conf
 import os
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from finetune_api.contract import JOB_SERVER_PORT
 from finetune_api.quantity import quantity_value
@@ -59,6 +59,25 @@ class Profile(ApiModel):
     """Environment of the workers, such as NCCL settings."""
 
 
+class LeaderElection(ApiModel):
+    """How long a leader is believed to live, and how soon it gives up by itself. See leader.py."""
+
+    lease_seconds: int = Field(default=15, ge=2)
+    """After so long without a sign of life the leader's place is free."""
+    renew_seconds: float = Field(default=10.0, gt=0)
+    """So long after its last renewal a leader stops by itself: less, by as much as clocks may differ in rate."""
+    retry_seconds: float = Field(default=2.0, gt=0)
+    """How often a leader renews and the others look."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not 1.2 * self.renew_seconds <= self.lease_seconds or not 3 * self.retry_seconds <= self.renew_seconds:
+            raise ValueError(
+                "leaseSeconds must be at least 1.2 times renewSeconds, and that at least 3 times retrySeconds"
+            )
+        return self
+
+
 class Settings(ApiModel):
     """Everything that the operator is told."""
 
@@ -91,6 +110,9 @@ class Settings(ApiModel):
     silent_seconds: float = Field(default=30.0, ge=20)
     """An agent that is silent for so long is lost, unless all are or its gang goes on. They say something every 10 s; a lost answer costs
     one 10 s more, and trying again up to 5."""
+
+    leader_election: LeaderElection = LeaderElection()
+    """How replicas agree on who leads."""
 
     @property
     def job_server_url(self) -> str:

@@ -1,6 +1,7 @@
 """What reconcile sees of pods: the few fields it decides from, as values."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,8 @@ class PodView:
     memory_limit: str = ""  # of its trainer
     node_lost: bool = False  # its node is not ready
     containers: tuple[ContainerView, ...] = ()
+    agent_image: str = ""
+    trainer_image: str = ""
     resource_version: str = ""
 
     @property
@@ -60,6 +63,11 @@ class PodView:
     def usable(self) -> bool:
         """Whether it can hold a place in a gang."""
         return not self.deleting and not self.ended
+
+    @property
+    def trains(self) -> bool:
+        """Whether its trainer container runs, so that its images are good."""
+        return self.usable and any(one.name == contract.TRAINER_CONTAINER and one.running for one in self.containers)
 
 
 def pod_view(body: Mapping[str, Any]) -> PodView | None:
@@ -99,6 +107,8 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
             *(_container(item, is_init=True) for item in status.get("initContainerStatuses", ())),
             *(_container(item, is_init=False) for item in status.get("containerStatuses", ())),
         ),
+        agent_image=_image(spec.get("initContainers", ()), contract.AGENT_CONTAINER),
+        trainer_image=_image(spec.get("containers", ()), contract.TRAINER_CONTAINER),
         resource_version=metadata.get("resourceVersion", ""),
     )
 
@@ -118,6 +128,11 @@ def _is_marked_not_ready(conditions: Mapping[str, Mapping[str, Any]]) -> bool:
     """
     ready, containers = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
     return ready.get("status") == "False" and not ready.get("reason") and containers.get("status") == "True"
+
+
+def _image(containers: Iterable[Mapping[str, Any]], name: str) -> str:
+    """Return a container's image; the same text for all pods, which are many."""
+    return sys.intern(next((one.get("image", "") for one in containers if one["name"] == name), ""))
 
 
 def _container(item: Mapping[str, Any], *, is_init: bool) -> ContainerView:

@@ -14,6 +14,7 @@ from typing import Any
 import kopf
 
 from finetune_api.contract import GROUP, PLURAL, VERSION
+from finetune_operator.kube.errors import KubeError
 from finetune_operator.runtime import POD_SELECTOR, Runtime
 from finetune_operator.settings import Settings
 
@@ -21,23 +22,32 @@ logger = logging.getLogger(__name__)
 
 
 async def run_operator(settings: Settings) -> None:
-    """Run until a signal ends the process, or a part of it dies."""
+    """Run until a signal ends the process, or a part of it dies.
+
+    Raises:
+        KubeError: it cannot be started.
+    """
     registry = kopf.OperatorRegistry()
     stop = asyncio.Event()
     host = _Host(settings, stop)
     kopf.on.login(registry=registry)(_login)
-    kopf.on.startup(registry=registry)(host.start)
+    kopf.on.startup(registry=registry, errors=kopf.ErrorsMode.PERMANENT)(host.start)  # not again after a minute
     kopf.on.cleanup(registry=registry)(host.stop)
     kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(host.see_job)
     kopf.on.event("", "v1", "pods", registry=registry)(host.see_pod)
-    await kopf.operator(
-        registry=registry,
-        settings=_kopf_settings(),
-        standalone=True,
-        clusterwide=not settings.watch_namespaces,
-        namespaces=settings.watch_namespaces,
-        stop_flag=stop,
-    )
+    try:
+        await kopf.operator(
+            registry=registry,
+            settings=_kopf_settings(),
+            standalone=True,
+            clusterwide=not settings.watch_namespaces,
+            namespaces=settings.watch_namespaces,
+            stop_flag=stop,
+        )
+    except Exception:
+        if host.error is not None:  # kopf wraps it in one of its own
+            raise host.error from None
+        raise
     if host.failed:
         raise SystemExit(1)
 
@@ -49,10 +59,15 @@ class _Host:
         self._settings, self._stop = settings, stop
         self._runtime: Runtime | None = None
         self.failed = False
+        self.error: KubeError | None = None
 
     async def start(self, **_: Any) -> None:
         """Build the runtime, before the first event."""
-        self._runtime = await Runtime.start(self._settings, self._fail)
+        try:
+            self._runtime = await Runtime.start(self._settings, on_fatal=self._fail, on_lost=_end_at_once)
+        except KubeError as error:
+            self.error = error
+            raise
 
     async def stop(self, **_: Any) -> None:
         """Free the runtime."""
@@ -72,6 +87,11 @@ class _Host:
     def _fail(self) -> None:
         self.failed = True
         self._stop.set()
+
+
+def _end_at_once() -> None:
+    """End the process without any last words: somebody else may lead, and the kernel closes the connections of agents."""
+    os._exit(1)
 
 
 def _login(**kwargs: Any) -> Any:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from finetune_agent import ports
-from finetune_api.contract import MESSAGE_LIMIT, REPORT_BYTES_LIMIT, ExitCode
+from finetune_agent.reporting import KEEPALIVE, Access, HttpsJobServer
+from finetune_api.contract import MESSAGE_LIMIT, ORDER_POLL_SECONDS, REPORT_BYTES_LIMIT, ExitCode
 from finetune_api.protocol import Action, AgentState, Order, to_wire
 from tests.agent.job_server import make_certificates
 from tests.agent.pod import command_line, is_agent, is_alive, wait_for
@@ -244,6 +245,17 @@ async def test_a_certificate_for_another_host_is_refused(server, make_pod, tmp_p
     start(pod)
     await wait_for(lambda: "Hostname mismatch" in pod.log)
     assert pod.report is None
+
+
+async def test_a_poll_that_waits_finds_out_when_the_server_s_machine_dies(server, pod, tmp_path):
+    """In silence, by the kernel's own questions: there is nothing to send."""
+    client = HttpsJobServer(Access(server.url, pod.uid, server.ca_file, pod.token_file))
+    await asyncio.to_thread(client.poll, Order(Action.RUN))
+    sock = client._connection.sock
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    idle, interval, count = (sock.getsockopt(socket.IPPROTO_TCP, option) for option, _ in KEEPALIVE)
+    assert 0 < idle + interval * count < ORDER_POLL_SECONDS
+    client._close()
 
 
 async def test_hostile_datagrams_are_ignored_and_cannot_starve_orders(server, pod):

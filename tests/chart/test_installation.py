@@ -152,13 +152,19 @@ def test_the_operator_may_do_what_it_asks_for(
         ("get", "secrets/{release}-job-server"),
         ("update", "secrets/{release}-job-server"),
         ("create", "secrets"),
+        ("get", "leases.coordination.k8s.io/{release}"),
+        ("update", "leases.coordination.k8s.io/{release}"),
+        ("create", "leases.coordination.k8s.io"),
+        ("get", "pods"),
+        ("list", "pods"),
+        ("patch", "pods"),
         ("create", "selfsubjectaccessreviews.authorization.k8s.io"),
         ("get", "/openid/v1/jwks"),
         ("get", "/.well-known/openid-configuration"),
     ],
     ids=" ".join,
 )
-def test_the_operator_may_keep_its_certificates_and_know_its_agents(
+def test_the_operator_may_keep_its_certificates_lead_and_know_its_agents(
     installation: Installation, acceptance: Wait, question: tuple[str, str]
 ) -> None:
     verb, resource = question
@@ -175,6 +181,8 @@ def test_the_operator_may_keep_its_certificates_and_know_its_agents(
         ("update", "finetunejobs.finetune.dev"),
         ("patch", "finetunejobs.finetune.dev"),
         ("patch", "pods"),
+        ("get", "leases.coordination.k8s.io"),
+        ("create", "leases.coordination.k8s.io"),
         ("create", "pods --subresource=exec"),
         ("get", "configmaps"),
         ("create", "serviceaccounts --subresource=token"),
@@ -188,6 +196,14 @@ def test_the_operator_may_not(installation: Installation, refusal: Wait, verb: s
 
 def test_the_operator_reads_no_secret_but_its_own(installation: Installation, refusal: Wait) -> None:
     refusal(lambda: _can_i(installation, "get", "secrets/another", "--namespace", installation.namespace))
+
+
+def test_the_operator_holds_no_lease_but_its_own(installation: Installation, refusal: Wait) -> None:
+    refusal(
+        lambda: _can_i(
+            installation, "update", "leases.coordination.k8s.io/another", "--namespace", installation.namespace
+        )
+    )
 
 
 def test_the_operators_pod_passes_restricted_pod_security(installation: Installation) -> None:

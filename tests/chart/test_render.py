@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune_api.contract import JOB_SERVER_PORT
+from finetune_api.contract import JOB_SERVER_PORT, LEADER_LABEL
 from finetune_api.crd import build_crd, crd_yaml
-from finetune_operator.access import NEEDED
+from finetune_operator.access import NEEDED, NEEDED_AT_HOME
 from finetune_operator.render.network import OPERATOR_SELECTOR
 from finetune_operator.settings import CONFIG_FILE, Profile, Settings
 from tests.chart.helm import CRDS, NAMESPACE, OPERATOR, RELEASE, ci_values, example, find, helm, render
@@ -84,7 +84,7 @@ def test_the_operator_reads_its_configuration(name: str) -> None:
                     "profiles",
                 )
             },
-            **{field: values[field] for field in ("workers", "progressSeconds", "silentSeconds")},
+            **{field: values[field] for field in ("leaderElection", "workers", "progressSeconds", "silentSeconds")},
         }
     )
 
@@ -101,6 +101,8 @@ def test_the_configuration_is_mounted_where_it_is_read() -> None:
     ("change", "rolls"),
     [
         ("workers=9", True),
+        ("leaderElection.leaseSeconds=20", True),
+        ("replicas=3", False),
         ("allowedEndpoints={http://store:9000}", True),
         ("profiles.default.sharedMemory=2Gi", True),
         ("aggregateRoles=false", False),
@@ -126,9 +128,48 @@ def test_training_pods_reach_the_job_server() -> None:
     ports = {entry["name"]: entry["containerPort"] for entry in pod["spec"]["containers"][0]["ports"]}
     assert service["metadata"]["namespace"] == settings.namespace
     assert port["port"] == ports[port["targetPort"]] == settings.job_server_port == JOB_SERVER_PORT
-    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert service["spec"]["selector"].items() == (pod_labels(pod) | {LEADER_LABEL: "true"}).items()
     assert OPERATOR_SELECTOR.items() <= pod["metadata"]["labels"].items()
     assert ports["health"] == settings.health_port
+
+
+def pod_labels(pod: dict[str, Any]) -> dict[str, str]:
+    """The labels by which the pods of a release are known for good."""
+    labels = pod["metadata"]["labels"]
+    return {name: labels[name] for name in ("app.kubernetes.io/name", "app.kubernetes.io/instance")}
+
+
+# Replicas
+
+
+def test_a_replica_is_ready_before_another_goes_and_knows_who_it_is() -> None:
+    deployment = find(render(OPERATOR, "--values", example("minimal")), "Deployment", RELEASE)["spec"]
+    assert deployment["replicas"] == 2
+    assert deployment["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    environment = {
+        entry["name"]: entry["valueFrom"]["fieldRef"]["fieldPath"]
+        for entry in deployment["template"]["spec"]["containers"][0]["env"]
+    }
+    assert environment == {"POD_NAME": "metadata.name", "POD_UID": "metadata.uid"}
+    assert LEADER_LABEL not in deployment["template"]["metadata"]["labels"], "a new pod does not lead yet"
+
+
+def test_replicas_keep_apart_where_they_can() -> None:
+    deployment = find(render(OPERATOR, "--values", example("minimal")), "Deployment", RELEASE)["spec"]
+    constraints = deployment["template"]["spec"]["topologySpreadConstraints"]
+    assert [entry["topologyKey"] for entry in constraints] == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+    assert {entry["whenUnsatisfiable"] for entry in constraints} == {"ScheduleAnyway"}, "one node is enough for two"
+    assert all(entry["labelSelector"] == deployment["selector"] for entry in constraints)
+
+
+@pytest.mark.parametrize(("replicas", "budgets"), [(1, 0), (2, 1), (3, 1)])
+def test_a_drain_takes_one_replica_at_a_time_and_is_never_stuck(replicas: int, budgets: int) -> None:
+    documents = render(OPERATOR, "--values", example("minimal"), "--set", f"replicas={replicas}")
+    found = [item for item in documents if item["kind"] == "PodDisruptionBudget"]
+    assert len(found) == budgets
+    for budget in found:
+        assert budget["spec"]["maxUnavailable"] == 1
+        assert budget["spec"]["selector"] == find(documents, "Deployment", RELEASE)["spec"]["selector"]
 
 
 def test_two_releases_share_no_object() -> None:
@@ -182,6 +223,26 @@ def test_the_only_secret_is_its_own() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["minimal", "namespaced"])
+def test_at_home_the_operator_may_do_what_it_asks_for_and_no_more(name: str) -> None:
+    documents = render(OPERATOR, "--values", example(name))
+    (role,) = (item for item in documents if item["kind"] == "Role" and item["metadata"]["namespace"] == NAMESPACE)
+    allowed = {
+        (group, resource, verb, named)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+        for named in rule.get("resourceNames", [None])
+    }
+    service = _settings(documents).service
+    assert allowed == {
+        (resource.group_version.rpartition("/")[0], resource.plural, verb, None if suffix is None else service + suffix)
+        for resource, suffix, verbs in NEEDED_AT_HOME
+        for verb in verbs
+    }
+
+
 def test_nobody_gets_everything() -> None:
     for item in render(OPERATOR, "--values", example("everything")):
         if item["kind"] in ("Role", "ClusterRole"):
@@ -212,7 +273,9 @@ def test_nobody_gets_everything() -> None:
         ("silentSeconds=5", ("/silentSeconds", "minimum")),
         ("crds.keep=maybe", ("/crds/keep", "boolean")),
         ("resources.claims=1", ("/resources", "'claims'", "not allowed")),
-        ("replicas=2", ("replicas", "not allowed")),
+        ("replicas=0", ("/replicas", "minimum")),
+        ("leaderElection.leaseSeconds=1.5", ("/leaderElection/leaseSeconds", "integer")),
+        ("leaderElection.enabled=false", ("/leaderElection", "'enabled'", "not allowed")),
         ("image.reference=", ("image.reference is not set", "registry.example.com/finetune-operator:0.1.0")),
         ("profiles.default.image=", ("profiles.default.image is not set", "trainer image")),
     ],

@@ -18,7 +18,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -36,7 +36,7 @@ from tests.cluster.mounts import unmount_below
 from tests.cluster.network import Network
 from tests.cluster.node import Node
 from tests.cluster.object_store import ObjectStore
-from tests.cluster.places import CACHE, MAX_NODES, RUN, SOCKETS
+from tests.cluster.places import CACHE, HOST_ADDRESS, MAX_NODES, RUN, SOCKETS
 from tests.cluster.process import ControlGroup, Supervisor, run, wait_for
 
 DEFAULT_NAME = "dev"
@@ -280,6 +280,17 @@ class Cluster:
     def forward_again(self, port: int) -> None:
         for node in self.nodes():
             self.network.forward_again(node.index, port)
+
+    @contextmanager
+    def without_apiserver(self, namespace: str, pod: str) -> Iterator[None]:
+        """While this lasts a pod cannot reach the API server; its node and everybody else can."""
+        document = self.get("pod", pod, namespace)
+        index, address = self.node(document["spec"]["nodeName"]).index, document["status"]["podIP"]
+        self.network.drop(index, address, str(HOST_ADDRESS))
+        try:
+            yield
+        finally:
+            self.network.drop(index, address, str(HOST_ADDRESS), heal=True)
 
     def kill_kubelet(self, name: str) -> None:
         self.node(name).kubelet().end()

@@ -231,7 +231,7 @@ Look around:
   kubectl get ftj -A
   kubectl get ftj {JOB} -n {NAMESPACE} -o yaml
   kubectl logs -n {NAMESPACE} -l finetune.dev/job={JOB} -c trainer --prefix
-  kubectl logs -n {SYSTEM_NAMESPACE} deployment/finetune-operator
+  kubectl logs -n {SYSTEM_NAMESPACE} -l finetune.dev/leader=true
 (`python -m tests.cluster shell` has kubectl, helm and the store's credentials set up.)
 Take it down: make demo-down"""
     )

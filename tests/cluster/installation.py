@@ -71,5 +71,8 @@ def uninstall_operator(cluster: Cluster) -> None:
 
 
 def operator_log(cluster: Cluster) -> str:
-    """Return what the operator has printed."""
-    return cluster.kubectl("logs", "--namespace", SYSTEM_NAMESPACE, f"deployment/{RELEASE}", "--tail=-1", check=False)
+    """Return what the operator's replicas have printed."""
+    selector = f"app.kubernetes.io/instance={RELEASE}"
+    return cluster.kubectl(
+        "logs", "--namespace", SYSTEM_NAMESPACE, "-l", selector, "--prefix", "--tail=-1", check=False
+    )

@@ -99,6 +99,11 @@ class Network:
     def forward_again(self, index: int, port: int) -> None:
         self._in(self.node(index), "iptables", "--wait", "--delete", "FORWARD", *_to(port))
 
+    def drop(self, index: int, source: str, destination: str, *, heal: bool = False) -> None:
+        """Lose all that a pod of a node sends to an address, or no longer. Behind kube-proxy: the address of no Service."""
+        rule = ("FORWARD", "--source", source, "--destination", destination, "--jump", "DROP")
+        self._in(self.node(index), "iptables", "--wait", "--delete" if heal else "--insert", *rule)
+
     def remove(self) -> None:
         """Remove whatever of it exists; a namespace goes for good once the last process in it has gone."""
         with suppress(ClusterError):

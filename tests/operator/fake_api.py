@@ -53,7 +53,7 @@ class FakeKubeApi:
         self.fail_next: str | None = None  # the next write gets no answer: "lost" has done it, "refused" has not
         self.refuse_pods: dict[str, KubeError] = {}  # by rank
         self.clock: Callable[[], datetime] = lambda: NOON
-        self._resource_version = 100
+        self.resource_version = 100
         self._uids = 0
 
     # KubeApi.
@@ -67,7 +67,7 @@ class FakeKubeApi:
         return [
             copy.deepcopy(body)
             for key, body in self.objects.items()
-            if key[0] == resource.plural and namespace in (None, key[1])
+            if key[0] == resource.plural and namespace in (None, key[1]) and _selects(label_selector, body)
         ]
 
     async def create(self, resource: Resource, namespace: str | None, body: KubeObject) -> KubeObject:
@@ -124,6 +124,15 @@ class FakeKubeApi:
             self._check_status(known, patched)
             return self.store(resource, patched, "MODIFIED")
 
+    async def patch_labels(
+        self, resource: Resource, namespace: str, name: str, *, uid: str, labels: Mapping[str, str | None]
+    ) -> KubeObject:
+        with self._write(f"labels {resource.plural}/{name}"):
+            known = self._known(resource, namespace, name)
+            if known["metadata"]["uid"] != uid:
+                raise Conflict("another object of this name", status=409)
+            return self.store(resource, apply_merge_patch(known, {"metadata": {"labels": labels}}))
+
     async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
         with self._write(f"delete {resource.plural}/{name}"):
             body = self._known(resource, namespace, name)
@@ -146,8 +155,8 @@ class FakeKubeApi:
 
     def store(self, resource: Resource, body: KubeObject, event: str = "MODIFIED") -> KubeObject:
         """Write an object as anybody might."""
-        self._resource_version += 1
-        body["metadata"]["resourceVersion"] = str(self._resource_version)
+        self.resource_version += 1
+        body["metadata"]["resourceVersion"] = str(self.resource_version)
         self.objects[resource.plural, body["metadata"]["namespace"], body["metadata"]["name"]] = body
         if resource in (JOBS, PODS):
             self.events.append((event, copy.deepcopy(body)))
@@ -156,8 +165,8 @@ class FakeKubeApi:
     def remove(self, resource: Resource, namespace: str, name: str) -> None:
         """An object is gone, and what it owns."""
         body = self.objects.pop((resource.plural, namespace, name))
-        self._resource_version += 1
-        body["metadata"]["resourceVersion"] = str(self._resource_version)
+        self.resource_version += 1
+        body["metadata"]["resourceVersion"] = str(self.resource_version)
         if resource in (JOBS, PODS):
             self.events.append(("DELETED", copy.deepcopy(body)))
         for key, child in list(self.objects.items()):
@@ -194,6 +203,13 @@ class FakeKubeApi:
         if new_gang.get("members"):
             known = self.member_sets.setdefault((old["metadata"]["uid"], new_gang["generation"]), new_gang["members"])
             assert known == new_gang["members"], "one generation with two member sets"
+
+
+def _selects(selector: str | None, body: KubeObject) -> bool:
+    """Tell whether an object has the labels that a selector asks for: ``name`` or ``name=value``, separated by commas."""
+    labels = body["metadata"].get("labels", {})
+    terms = [term.partition("=") for term in (selector or "").split(",") if term]
+    return all(name in labels and value in ("", labels[name]) for name, _, value in terms)
 
 
 def _encode(secret: KubeObject) -> None:

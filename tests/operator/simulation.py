@@ -139,8 +139,8 @@ class Cluster:
 
     # The operator.
 
-    def restart_operator(self) -> None:
-        """A new process takes stock: it knows what the API server knows and has heard nobody."""
+    def restart_operator(self, changes: str = "") -> None:
+        """A new process takes stock: it knows what the API server knows and has heard nobody. Its settings may be others."""
         self.api.crash_after = self.api.fail_next = None
         self.api.events.clear()
         self.cache = Cache()
@@ -155,7 +155,7 @@ class Cluster:
             api=self.api,
             cache=self.cache,
             reports=self.reports,
-            settings=settings(),
+            settings=settings(changes),
             ca_certificates="CA",
             on_status=self.changed.append,
             clock=self.clock,

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 
-from finetune_operator.jobserver.certificate_store import load_certificates, server_context
+from finetune_operator.jobserver.certificate_store import load_certificates, server_context, show
 from finetune_operator.jobserver.tls import Certificates, make_certificates, renewed
 from finetune_operator.kube.api import SECRETS
 from finetune_operator.kube.errors import Forbidden
@@ -55,8 +55,8 @@ def test_a_client_that_trusts_the_authority_accepts_the_server(flags: int) -> No
     shake_hands(client, server_context(certificates))
 
 
-def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> None:
-    """Let two ends of TLS talk in memory."""
+def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> int:
+    """Let two ends of TLS talk in memory, and return the serial number of what the server has shown."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server, server_hostname=HOST),
@@ -68,6 +68,9 @@ def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> None:
                 end.do_handshake()
             except ssl.SSLWantReadError:
                 continue
+    shown = ends[0].getpeercert(binary_form=True)
+    assert shown is not None
+    return x509.load_der_x509_certificate(shown).serial_number
 
 
 RENEWALS = {
@@ -140,6 +143,39 @@ async def test_of_two_operators_that_renew_at_once_one_does_it_for_both() -> Non
 
     api.replace = slow
     assert await load_certificates(api, settings(), later) == rival
+
+
+async def test_who_does_not_lead_renews_nothing() -> None:
+    api = FakeKubeApi()
+    first = await load_certificates(api, settings(), NOON)
+    later = NOON + timedelta(days=300)
+    assert await load_certificates(api, settings(), later, known=first, may_write=False) == first
+    assert len(api.writes) == 1
+    renewed_by_leader = await load_certificates(api, settings(), later, known=first)
+    assert await load_certificates(api, settings(), later, known=first, may_write=False) == renewed_by_leader != first
+
+
+@pytest.mark.parametrize("may_write", [True, False], ids=["the leader puts it back", "others wait"])
+async def test_a_secret_that_was_deleted_is_no_reason_for_another_authority(may_write: bool) -> None:
+    api = FakeKubeApi()
+    first = await load_certificates(api, settings(), NOON)
+    del api.objects[SECRET]
+    assert await load_certificates(api, settings(), NOON, known=first, may_write=may_write) == first
+    assert (SECRET in api.objects) == may_write
+    if may_write:
+        assert await load_certificates(api, settings(), NOON) == first
+
+
+def test_a_server_that_runs_shows_new_certificates_to_who_connects_next() -> None:
+    now = datetime.now(UTC)
+    first = make_certificates(HOST, now - timedelta(days=300))
+    server = server_context(first)
+    fresh = renewed(first, HOST, now)
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.load_verify_locations(cadata=first.authority)
+    assert shake_hands(client, server) == server_of(first).serial_number
+    show(server, fresh)
+    assert shake_hands(client, server) == server_of(fresh).serial_number
 
 
 async def test_an_operator_that_may_not_read_the_secret_says_so() -> None:

@@ -65,6 +65,7 @@ class Scene:
     session: aiohttp.ClientSession
     url: str
     context: ssl.SSLContext
+    lease: list[bool]  # whether this replica leads
     news: list[JobKey] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
@@ -150,8 +151,9 @@ async def scene(keys: dict[str, rsa.RSAPrivateKey], certificates) -> AsyncIterat
     cache.observe_pod(pod_body())
     cache.observe_pod(pod_body("pod-2", 1))
     news: list[JobKey] = []
+    lease = [True]
     verifier = TokenVerifier(api)
-    server = JobServer(cache=cache, reports=reports, verifier=verifier, on_news=news.append)
+    server = JobServer(cache=cache, reports=reports, verifier=verifier, leads=lambda: lease[0], on_news=news.append)
     runner = web.AppRunner(server.app(), access_log=logging.getLogger("access"))
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server_context(certificates), shutdown_timeout=0.1)
@@ -159,7 +161,8 @@ async def scene(keys: dict[str, rsa.RSAPrivateKey], certificates) -> AsyncIterat
     port = runner.addresses[0][1]
     context = ssl.create_default_context(cadata=certificates.authority)
     async with aiohttp.ClientSession() as session:
-        yield Scene(api, cache, reports, server, verifier, keys, session, f"https://127.0.0.1:{port}", context, news)
+        url = f"https://127.0.0.1:{port}"
+        yield Scene(api, cache, reports, server, verifier, keys, session, url, context, lease, news)
     await runner.cleanup()
 
 
@@ -284,6 +287,29 @@ async def test_a_report_of_the_largest_size_is_heard(scene: Scene) -> None:
 async def test_fields_of_a_newer_agent_are_ignored(scene: Scene) -> None:
     status, _ = await scene.ask("POST", REPORT_PATH, body=to_wire(idle_report(POD, 0)) | {"mood": "fine"})
     assert status == 200
+
+
+async def test_a_report_of_a_generation_that_was_never_committed_is_refused(scene: Scene) -> None:
+    refused = (409, {"error": "generation 1 is not known (yet): the newest is 0"})
+    assert await scene.report(replace(idle_report(POD, 0), generation=1)) == refused
+    assert (dict(scene.reports.heard), scene.news) == ({}, [])
+    scene.commit(committed())
+    assert (await scene.report(replace(idle_report(POD, 0), generation=1)))[0] == 200
+    assert (await scene.report(replace(idle_report(POD, 0), generation=2)))[0] == 409
+    assert scene.reports.heard[POD].report.generation == 1
+
+
+async def test_a_report_of_an_older_generation_is_heard_and_answered_with_the_newest(scene: Scene) -> None:
+    """It is how an agent is until it has heard of the newest; decisions pass it over (``Observation.said``)."""
+    scene.commit(committed())
+    _, answer = await scene.report(replace(idle_report(POD, 0), generation=0))
+    assert (answer["action"], answer["generation"]) == ("Run", 1)
+
+
+async def test_a_job_that_only_a_newer_version_can_read_is_left_as_it_is(scene: Scene) -> None:
+    scene.cache.observe_job(job_body("recipe: {from: the future}", resourceVersion="2"))
+    _, answer = await scene.report()
+    assert (answer["action"], answer["generation"]) == ("Wait", 0), "which no agent obeys that has started anything"
 
 
 async def test_a_pod_that_the_cache_does_not_know_is_told_so(scene: Scene) -> None:
@@ -461,6 +487,53 @@ async def test_a_poll_is_answered_with_the_same_order_after_a_while(
 ) -> None:
     monkeypatch.setattr("finetune_operator.jobserver.app.ORDER_POLL_SECONDS", 0.01)
     assert await scene.poll(known_action="Wait", known_generation=0) == (200, to_wire_order(action="Wait"))
+
+
+# Replicas.
+
+
+async def test_who_does_not_lead_hears_nothing_and_orders_nothing(scene: Scene) -> None:
+    scene.commit(committed())
+    scene.lease[0] = False
+    refused = (503, {"error": "this replica does not lead"})
+    assert await scene.report() == refused
+    assert await scene.poll() == refused
+    assert await scene.report(token=None) == refused, "whoever asks"
+    assert (dict(scene.reports.heard), scene.news, scene.api.writes) == ({}, [], [])
+
+
+async def test_a_poll_that_waits_is_sent_on_when_the_lease_ends(scene: Scene) -> None:
+    poll = asyncio.create_task(scene.poll(known_action="Wait", known_generation=0))
+    while KEY not in scene.server._changed:
+        await asyncio.sleep(0)
+    scene.lease[0] = False
+    scene.server.dismiss_all()
+    assert (await asyncio.wait_for(poll, 5))[0] == 503
+
+
+async def test_an_order_that_is_due_after_the_lease_is_not_given(scene: Scene) -> None:
+    """The status was committed by this replica in its last moment, or by the next one: it is the next one's to tell."""
+    poll = asyncio.create_task(scene.poll(known_action="Wait", known_generation=0))
+    while KEY not in scene.server._changed:
+        await asyncio.sleep(0)
+    scene.lease[0] = False
+    scene.commit(committed())
+    assert (await asyncio.wait_for(poll, 5))[0] == 503
+
+
+async def test_a_lease_that_ends_while_a_report_is_read_is_noticed(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = scene.verifier.verify
+
+    async def slow(authorization: str | None) -> Any:
+        caller = await verify(authorization)
+        scene.lease[0] = False
+        return caller
+
+    monkeypatch.setattr(scene.verifier, "verify", slow)
+    assert (await scene.report())[0] == 503
+    assert (dict(scene.reports.heard), scene.news) == ({}, [])
 
 
 async def test_a_poll_for_another_pod_is_refused(scene: Scene) -> None:

@@ -170,17 +170,20 @@ async def test_deleting_what_is_gone_already_is_no_error_and_ends_there() -> Non
     assert message(cluster) == "Suspended: spec.suspend is true; no pod is kept"
 
 
-async def test_what_pods_share_is_applied_once_and_again_by_a_new_process_that_makes_pods() -> None:
+async def test_what_pods_share_is_applied_before_the_first_of_them_and_again_when_the_spec_is_another() -> None:
     cluster = Cluster()
     await cluster.settle()
     cluster.remove_pod(cluster.status["gang"]["members"][0]["uid"])
     await cluster.settle()
     assert cluster.api.writes.count("apply configmaps/sentiment-aaaaa") == 1
-    cluster.restart_operator()
-    cluster.remove_pod(cluster.status["gang"]["members"][0]["uid"])
+    cluster.edit(suspend=True)
     await cluster.settle()
+    cluster.edit(suspend=False, checkpoint={"interval": {"steps": 7}})
+    await cluster.settle()
+    assert cluster.phase == "Running"
     assert cluster.api.writes.count("apply configmaps/sentiment-aaaaa") == 2
-    assert len(cluster.api.bodies(CONFIG_MAPS)) == 1
+    (config,) = cluster.api.bodies(CONFIG_MAPS)
+    assert '"intervalSteps": 7' in config["data"]["job.json"]
 
 
 async def test_pods_of_other_namespaces_cannot_claim_a_place() -> None:

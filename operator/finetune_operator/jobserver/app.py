@@ -2,6 +2,8 @@
 
 A pod may speak for itself only: the token names its uid, and report and query must name the same. Orders are made from committed status
 (``plan.orders``) as the cache knows it; a waiting request is answered as soon as its job's status changes.
+
+Only the leader hears reports and gives orders: others answer 503, and an agent then connects anew, to whoever leads.
 """
 
 import asyncio
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
+from pydantic import ValidationError
 
 from finetune_api.contract import ORDER_PATH, ORDER_POLL_SECONDS, REPORT_BYTES_LIMIT, REPORT_PATH
 from finetune_api.job import FineTuneJob, parse_job
@@ -34,9 +37,16 @@ class JobServer:
     """Answers agents. ``on_news`` is called with the key of a job of which an agent has told something new."""
 
     def __init__(
-        self, *, cache: Cache, reports: Reports, verifier: TokenVerifier, on_news: Callable[[JobKey], None]
+        self,
+        *,
+        cache: Cache,
+        reports: Reports,
+        verifier: TokenVerifier,
+        leads: Callable[[], bool],
+        on_news: Callable[[JobKey], None],
     ) -> None:
-        self._cache, self._reports, self._verifier, self._on_news = cache, reports, verifier, on_news
+        self._cache, self._reports, self._verifier = cache, reports, verifier
+        self._leads, self._on_news = leads, on_news
         self._changed: dict[JobKey, asyncio.Event] = {}
         self._at_hand: dict[JobKey, tuple[dict[str, Any], FineTuneJob]] = {}  # as cached, and parsed; the oldest first
 
@@ -52,6 +62,11 @@ class JobServer:
         if event is not None:
             event.set()
 
+    def dismiss_all(self) -> None:
+        """Have every waiting request look again: after the lease's end they are told to go elsewhere."""
+        for key in list(self._changed):
+            self.job_changed(key)
+
     async def _post_report(self, request: web.Request) -> web.Response:
         caller = await self._caller(request)
         try:
@@ -63,9 +78,13 @@ class JobServer:
             raise _refusal(web.HTTPBadRequest, f"protocol {report.protocol} is not served; served: {SERVED_VERSIONS}")
         pod = self._own_pod(caller, report.pod_uid)
         key = JobKey((pod.namespace, pod.job))
+        order, committed = self._order(key, pod), self._committed_generation(key, pod)
+        if committed is not None and report.generation > committed:
+            why = f"generation {report.generation} is not known (yet): the newest is {committed}"
+            raise _refusal(web.HTTPConflict, why)
         if self._reports.hear(report):
             self._on_news(key)
-        return web.json_response(to_wire(self._order(key, pod)))
+        return web.json_response(to_wire(order))
 
     async def _get_order(self, request: web.Request) -> web.Response:
         caller = await self._caller(request)
@@ -88,10 +107,25 @@ class JobServer:
                 continue
 
     def _order(self, key: JobKey, pod: PodView) -> Order:
+        self._check_that_it_leads()
+        job = self._job(key, pod)
+        return order_for(job, pod.uid) if job else Order(action=Action.WAIT)
+
+    def _committed_generation(self, key: JobKey, pod: PodView) -> int | None:
+        job = self._job(key, pod)
+        if job is None:
+            return None
+        return job.status.gang.generation if job.status and job.status.gang else 0
+
+    def _job(self, key: JobKey, pod: PodView) -> FineTuneJob | None:
+        """Return a pod's job, or None when nothing can be said of it: what runs goes on, for an agent obeys no lower generation."""
         body = self._cache.job(key)
         if body is None or body["metadata"]["uid"] != pod.job_uid:
-            return Order(action=Action.WAIT)  # its job is gone, and the garbage collector is on its way
-        return order_for(self._parsed(key, body), pod.uid)
+            return None  # gone, and the garbage collector is on its way
+        try:
+            return self._parsed(key, body)
+        except ValidationError:  # written by a newer version
+            return None
 
     def _parsed(self, key: JobKey, body: dict[str, Any]) -> FineTuneJob:
         cached, job = self._at_hand.pop(key, (None, None))
@@ -102,7 +136,12 @@ class JobServer:
             del self._at_hand[next(iter(self._at_hand))]
         return job
 
+    def _check_that_it_leads(self) -> None:
+        if not self._leads():
+            raise _refusal(web.HTTPServiceUnavailable, "this replica does not lead")
+
     async def _caller(self, request: web.Request) -> Caller:
+        self._check_that_it_leads()
         try:
             return await self._verifier.verify(request.headers.get("Authorization"))
         except Unauthorized as error:

@@ -33,6 +33,7 @@ CONFIG_MAPS = Resource("v1", "configmaps", "ConfigMap")
 SECRETS = Resource("v1", "secrets", "Secret")
 EVENTS = Resource("events.k8s.io/v1", "events", "Event")
 NETWORK_POLICIES = Resource("networking.k8s.io/v1", "networkpolicies", "NetworkPolicy")
+LEASES = Resource("coordination.k8s.io/v1", "leases", "Lease")
 ACCESS_REVIEWS = Resource("authorization.k8s.io/v1", "selfsubjectaccessreviews", "SelfSubjectAccessReview")
 
 
@@ -60,6 +61,11 @@ class KubeApi(Protocol):
         self, resource: Resource, namespace: str, name: str, *, resource_version: str, status: Mapping[str, Any]
     ) -> KubeObject:
         """Merge ``status``; ``Conflict`` when the object is not at ``resource_version`` any more."""
+
+    async def patch_labels(
+        self, resource: Resource, namespace: str, name: str, *, uid: str, labels: Mapping[str, str | None]
+    ) -> KubeObject:
+        """Set labels, and take off those that are None; ``Conflict`` when the object is another than the one with ``uid``."""
 
     async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
         """Delete one object if it still is the one with ``uid``; ``Conflict`` when it is another."""

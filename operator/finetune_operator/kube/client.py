@@ -2,13 +2,13 @@
 
 Retries are by verb: reads are repeated after 429, 5xx and lost connections; writes only after 429, because a write without an answer
 may have been done, and reconcile finds out by looking. ``Retry-After`` is honoured. A token bucket keeps one operator from flooding
-the API server.
+the API server. ``may_write`` is asked right before each write leaves, after all waiting: only the leader writes.
 """
 
 import asyncio
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import aiohttp
@@ -17,7 +17,7 @@ from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
 from finetune_operator.kube.api import Resource
-from finetune_operator.kube.errors import KubeError, TooMany, Unavailable, error_for
+from finetune_operator.kube.errors import KubeError, NotLeading, TooMany, Unavailable, error_for
 from finetune_operator.kube_object import KubeObject
 
 FIELD_MANAGER = "finetune-operator"
@@ -48,12 +48,12 @@ class TokenBucket:
 class KubeClient:
     """``KubeApi`` against a real API server."""
 
-    def __init__(self, client: ApiClient) -> None:
-        self._client = client
+    def __init__(self, client: ApiClient, *, may_write: Callable[[], bool]) -> None:
+        self._client, self._may_write = client, may_write
         self._bucket = TokenBucket(REQUESTS_PER_SECOND, BURST)
 
     @classmethod
-    async def connect(cls) -> Self:
+    async def connect(cls, *, may_write: Callable[[], bool]) -> Self:
         """Log in as the pod's service account, else as the kubeconfig says."""
         configuration = Configuration()
         try:
@@ -61,7 +61,7 @@ class KubeClient:
         except ConfigException:
             await load_kube_config(client_configuration=configuration)
         configuration.connection_pool_maxsize = 64
-        return cls(ApiClient(configuration))
+        return cls(ApiClient(configuration), may_write=may_write)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -111,6 +111,18 @@ class KubeClient:
             content_type="application/merge-patch+json",
         )
 
+    async def patch_labels(
+        self, resource: Resource, namespace: str, name: str, *, uid: str, labels: Mapping[str, str | None]
+    ) -> KubeObject:
+        """Set labels, and take off those that are None; ``Conflict`` when the object is another than the one with ``uid``."""
+        return await self._request(
+            "PATCH",
+            resource.path(namespace, name),
+            query={"fieldManager": FIELD_MANAGER},
+            body={"metadata": {"uid": uid, "labels": dict(labels)}},
+            content_type="application/merge-patch+json",
+        )
+
     async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
         """Delete one object if it still is the one with ``uid``; ``Conflict`` when it is another."""
         await self._request("DELETE", resource.path(namespace, name), body={"preconditions": {"uid": uid}})
@@ -130,6 +142,8 @@ class KubeClient:
     ) -> KubeObject:
         for attempt in range(1, ATTEMPTS + 1):
             await self._bucket.take()
+            if method != "GET" and not self._may_write():
+                raise NotLeading(f"{method} {path}: not sent, for this process does not lead")
             try:
                 return await self._once(method, path, query or {}, body, content_type)
             except (TooMany, Unavailable) as error:

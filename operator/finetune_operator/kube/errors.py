@@ -7,7 +7,8 @@ KubeError
 ├── Forbidden     401, 403: rights are missing; the message says which
 ├── Invalid       400, 422: the API server refuses the object; repeating it does not help
 ├── TooMany       429: wait ``retry_after`` seconds
-└── Unavailable   5xx, no connection, no answer in time: unknown whether it was done
+├── Unavailable   5xx, no connection, no answer in time: unknown whether it was done
+└── NotLeading    a write that was not sent, because another process may lead by now
 """
 
 
@@ -46,6 +47,10 @@ class TooMany(KubeError):
 
 class Unavailable(KubeError):
     """No answer, or a server error."""
+
+
+class NotLeading(KubeError):
+    """This process does not lead, so it did not send the write."""
 
 
 _BY_STATUS: dict[int, type[KubeError]] = {

@@ -3,6 +3,9 @@
 Each passes the Pod Security Standard "restricted", holds no right to the Kubernetes API, and runs the agent as PID 1 of the user's
 image: an init container copies it out of the operator's own image, so any image with Python and PyTorch will do. Images that expect to be
 root find a writable HOME, a user name and cache folders.
+
+A pod that takes a place beside others has their images, whatever the operator and its profiles have become meanwhile: one gang runs one agent
+and one trainer. A gang that starts without a pod gets the newest.
 """
 
 from finetune_api import contract
@@ -13,6 +16,7 @@ from finetune_operator.kube_object import KubeObject
 from finetune_operator.plan.observation import NewPod
 from finetune_operator.render.names import child_metadata, child_name, job_labels, pod_name
 from finetune_operator.settings import Profile, Settings
+from finetune_operator.views import PodView
 
 USER_ID = 65532
 GRACE_SECONDS = 60
@@ -20,8 +24,8 @@ RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"
 INIT_RESOURCES = {"cpu": "100m", "memory": "128Mi"}
 
 
-def render_pod(job: FineTuneJob, place: NewPod, settings: Settings) -> KubeObject:
-    """Return the pod for one place in the gang."""
+def render_pod(job: FineTuneJob, place: NewPod, settings: Settings, peer: PodView | None = None) -> KubeObject:
+    """Return the pod for one place in the gang, with the images of a ``peer`` that trains, if there is one."""
     profile = settings.profiles[job.spec.workers.profile]
     labels = {contract.RANK_LABEL: str(place.rank), contract.GENERATION_LABEL: str(place.generation)}
     return {
@@ -43,8 +47,8 @@ def render_pod(job: FineTuneJob, place: NewPod, settings: Settings) -> KubeObjec
             },
             **_spread(job, place),
             **_placement(job, profile),
-            "initContainers": [_init_container(settings)],
-            "containers": [_trainer_container(job, profile)],
+            "initContainers": [_init_container(settings, peer)],
+            "containers": [_trainer_container(job, profile, peer)],
             "volumes": _volumes(job, profile),
         },
     }
@@ -85,10 +89,10 @@ def _placement(job: FineTuneJob, profile: Profile) -> KubeObject:
     return placement
 
 
-def _init_container(settings: Settings) -> KubeObject:
+def _init_container(settings: Settings, peer: PodView | None) -> KubeObject:
     return {
         "name": contract.AGENT_CONTAINER,
-        "image": settings.operator_image,
+        "image": peer.agent_image if peer else settings.operator_image,
         **_pull_policy(settings.operator_image_pull_policy),
         "args": ["install-agent", contract.AGENT_FILE],
         "securityContext": RESTRICTED,
@@ -97,9 +101,10 @@ def _init_container(settings: Settings) -> KubeObject:
     }
 
 
-def _trainer_container(job: FineTuneJob, profile: Profile) -> KubeObject:
+def _trainer_container(job: FineTuneJob, profile: Profile, peer: PodView | None) -> KubeObject:
     script = job.spec.script
     resources = _resources(job, profile)
+    image = script.image if script else profile.image
     mounts = [
         {"name": "agent", "mountPath": contract.AGENT_FOLDER},
         {"name": "config", "mountPath": contract.CONFIG_FOLDER, "readOnly": True},
@@ -118,7 +123,7 @@ def _trainer_container(job: FineTuneJob, profile: Profile) -> KubeObject:
     ]
     return {
         "name": contract.TRAINER_CONTAINER,
-        "image": script.image if script else profile.image,
+        "image": peer.trainer_image if peer else image,
         **_pull_policy(profile.image_pull_policy),
         "command": ["python3", contract.AGENT_FILE],
         "env": _environment(job, profile, script),

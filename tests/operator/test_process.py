@@ -1,0 +1,149 @@
+"""Two real processes, kopf and all, and what the system does to them: signals, stops, an API server that hangs."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune_operator.kube.api import JOBS, LEASES, PODS
+from tests.operator.documents import SETTINGS, job_body
+from tests.operator.fake_api import FakeKubeApi
+from tests.operator.http_api import HttpApi
+
+TIMES = {"leaseSeconds": 8, "renewSeconds": 6, "retrySeconds": 0.2}
+
+
+class Scene:
+    """An API server, a folder, and processes."""
+
+    def __init__(self, server: HttpApi, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        self.processes: dict[str, asyncio.subprocess.Process] = {}
+
+    async def start(self, name: str) -> asyncio.subprocess.Process:
+        ports = {"jobServerPort": free_port(), "healthPort": free_port()}
+        config = self._write(name, yaml.safe_load(SETTINGS) | ports | {"leaderElection": TIMES})
+        metadata = {"name": name, "namespace": "finetune-system", "uid": f"uid-{name}"}
+        self.server.api.store(PODS, {"kind": "Pod", "metadata": metadata})
+        environment = {"KUBECONFIG": self._kubeconfig(name), "FINETUNE_OPERATOR_CONFIG": config}
+        pod = {"POD_NAME": name, "POD_UID": f"uid-{name}"}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "finetune_operator", "run"),
+                env={**os.environ, **{key: str(value) for key, value in environment.items()}, **pod},
+                stdout=log,
+                stderr=log,
+            )
+        return self.processes[name]
+
+    def _kubeconfig(self, name: str) -> Path:
+        """Each process has a token of its own, so that its requests are known."""
+        document = {
+            "clusters": [{"name": "c", "cluster": {"server": self.server.url}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "users": [{"name": "u", "user": {"token": name}}],
+            "current-context": "c",
+        }
+        return self._write(f"{name}.kubeconfig", document)
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    @property
+    def leader(self) -> str:
+        lease = self.server.api.objects.get((LEASES.plural, "finetune-system", "finetune-operator"), {})
+        return lease.get("spec", {}).get("holderIdentity", "").partition("_")[0]
+
+    def pods(self) -> int:
+        return sum(pod["metadata"]["namespace"] == "team-a" for pod in self.server.api.bodies(PODS))
+
+    async def until(self, holds: Callable[[], Any]) -> None:
+        until = time.monotonic() + 90
+        while not holds():
+            assert time.monotonic() < until, "\n".join(self.log(name)[-3000:] for name in self.processes)
+            await asyncio.sleep(0.02)
+
+    def _write(self, name: str, document: Any) -> Path:
+        file = self.folder / name
+        file.write_text(yaml.safe_dump(document))
+        return file
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    async with HttpApi(FakeKubeApi()) as server:
+        server.api.store(JOBS, job_body(), "ADDED")
+        scene = Scene(server, tmp_path)
+        yield scene
+        for process in scene.processes.values():
+            if process.returncode is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+                await process.wait()
+
+
+@pytest.fixture
+async def two(scene: Scene) -> Scene:
+    """The first leads, the second stands by."""
+    await scene.start("a")
+    await scene.until(lambda: scene.leader == "a" and scene.pods() == 2)
+    await scene.start("b")
+    await scene.until(lambda: "standing by" in scene.log("b"))
+    return scene
+
+
+async def test_on_sigterm_the_lease_is_given_back_and_the_other_goes_on(two: Scene) -> None:
+    two.processes["a"].terminate()
+    await two.until(lambda: two.leader == "b")
+    assert await two.processes["a"].wait() == 0, two.log("a")
+    two.server.api.store(JOBS, job_body(name="another", uid="bbbbbccc-1"), "ADDED")
+    await two.until(lambda: two.pods() == 4)
+    assert two.processes["b"].returncode is None
+
+
+async def test_one_that_was_stopped_for_longer_than_its_lease_ends_and_writes_nothing_more(two: Scene) -> None:
+    two.processes["a"].send_signal(signal.SIGSTOP)
+    await two.until(lambda: two.leader == "b")
+    two.server.api.store(JOBS, job_body(name="another", uid="bbbbbccc-1"), "ADDED")
+    await two.until(lambda: two.pods() == 4)
+    assert any(token == "a" and path.endswith("/status") for _, path, token in two.server.requests), "as long as it led"
+    two.server.requests.clear()
+    two.processes["a"].send_signal(signal.SIGCONT)
+    assert await two.processes["a"].wait() == 1, two.log("a")
+    sent = {path.rpartition("/")[2] for method, path, token in two.server.requests if token == "a" and method != "GET"}
+    assert sent <= {"finetune-operator"}, "it may still ask for the lease, which is refused"
+
+
+async def test_one_without_an_api_server_ends_with_1_and_starts_again_when_it_is_back(two: Scene) -> None:
+    two.server.hold.clear()
+    assert await two.processes["a"].wait() == 1, two.log("a")
+    await two.start("a")
+    two.server.hold.set()
+    await two.until(lambda: two.leader)
+    await two.until(lambda: two.log("a").count("standing by") == 2)
+    assert two.processes["b"].returncode is None, two.log("b")
+
+
+async def test_a_right_that_is_missing_is_told_and_ends_the_process(scene: Scene) -> None:
+    async def denied(*_: Any) -> Any:
+        return {"status": {"allowed": False}}
+
+    scene.server.api.create = denied
+    process = await scene.start("a")
+    assert await process.wait() == 1
+    assert "the operator's service account may not: get finetunejobs in all namespaces" in scene.log("a")

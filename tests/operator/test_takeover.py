@@ -1,0 +1,220 @@
+"""Two whole operator processes but for kopf, against one API server over HTTP: one leads, the other stands by and takes over."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+import aiohttp
+import pytest
+
+from finetune_api.contract import LEADER_LABEL, ORDER_PATH
+from finetune_operator.kube.api import JOBS, LEASES, PODS
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.errors import Forbidden, KubeError
+from finetune_operator.runtime import Runtime
+from tests.operator.documents import job_body, settings
+from tests.operator.fake_api import FakeKubeApi
+from tests.operator.http_api import HttpApi
+
+QUICK = """
+jobServerPort: 1
+healthPort: 1
+leaderElection: {leaseSeconds: 6, renewSeconds: 4, retrySeconds: 0.05}
+"""
+HOME = "finetune-system"
+
+
+class Replica:
+    """One operator process, and what is seen of it from outside."""
+
+    def __init__(self, scene: "Scene", name: str) -> None:
+        self.scene, self.name = scene, name
+        self.lost = self.dead = 0
+        self.runtime: Runtime | None = None
+
+    async def starts(self) -> "Replica":
+        self.scene.monkeypatch.setenv("POD_NAME", self.name)
+        self.scene.monkeypatch.setenv("POD_UID", f"uid-{self.name}")
+        self.runtime = await Runtime.start(self.scene.settings, on_fatal=self._fatal, on_lost=self._lost)
+        return self
+
+    def _fatal(self) -> None:
+        self.dead += 1
+
+    def _lost(self) -> None:
+        self.lost += 1
+
+    @property
+    def leads(self) -> bool:
+        assert self.runtime is not None
+        return self.runtime._lease.has_time() and self.runtime._leads
+
+    async def says(self, path: str, *, health: bool = False) -> int:
+        """What a probe, or an agent without a token, is answered."""
+        assert self.runtime is not None
+        runner = self.runtime._runners[0 if health else 1]
+        url = f"{'http' if health else 'https'}://127.0.0.1:{runner.addresses[0][1]}{path}"
+        async with aiohttp.ClientSession() as session, session.get(url, ssl=False) as answer:
+            return answer.status
+
+
+class Scene:
+    """The API server, the job, and who watches it."""
+
+    def __init__(self, server: HttpApi, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.server, self.api, self.monkeypatch = server, server.api, monkeypatch
+        self.settings = settings(QUICK).model_copy(update={"job_server_port": 0, "health_port": 0})
+        self.replicas: list[Replica] = []
+
+    def replica(self, name: str) -> Replica:
+        metadata = {
+            "name": name,
+            "namespace": HOME,
+            "uid": f"uid-{name}",
+            "labels": {"app.kubernetes.io/instance": "r"},
+        }
+        self.api.store(PODS, {"kind": "Pod", "metadata": metadata})
+        self.replicas.append(Replica(self, name))
+        return self.replicas[-1]
+
+    async def until(self, holds: Callable[[], Any]) -> None:
+        """Let everybody work, and the watches show what they do, until it is so."""
+        async with asyncio.timeout(30):
+            while not holds():
+                self._watch()
+                await asyncio.sleep(0.01)
+
+    def _watch(self) -> None:
+        while self.api.events:
+            kind, body = self.api.events.popleft()
+            for runtime in (replica.runtime for replica in self.replicas if replica.runtime is not None):
+                see = runtime.observe_pod if body["kind"] == "Pod" else runtime.observe_job
+                see(body, deleted=kind == "DELETED")
+
+    @property
+    def training_pods(self) -> list[str]:
+        return sorted(pod["metadata"]["name"] for pod in self.api.bodies(PODS) if pod["metadata"]["namespace"] != HOME)
+
+    @property
+    def holder(self) -> str | None:
+        spec: dict[str, str] = self.api.objects[LEASES.plural, HOME, "finetune-operator"]["spec"]
+        return spec.get("holderIdentity")
+
+    @property
+    def labelled(self) -> list[str]:
+        return [pod["metadata"]["name"] for pod in self.api.bodies(PODS) if LEADER_LABEL in pod["metadata"]["labels"]]
+
+
+@pytest.fixture
+async def scene(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
+    monkeypatch.setattr("finetune_operator.runtime.START_RETRY_SECONDS", 0.01)
+    async with HttpApi(FakeKubeApi()) as server:
+        monkeypatch.setattr(KubeClient, "connect", server.connect)
+        scene = Scene(server, monkeypatch)
+        scene.api.store(JOBS, job_body(), "ADDED")
+        yield scene
+        server.hold.set()
+        for replica in scene.replicas:
+            if replica.runtime is not None:
+                await replica.runtime.stop()
+
+
+async def test_one_leads_and_the_other_is_ready_and_does_nothing(scene: Scene) -> None:
+    first, second = await scene.replica("a").starts(), scene.replica("b")
+    await scene.until(lambda: len(scene.training_pods) == 2 and scene.labelled == ["a"])
+    await second.starts()
+    await scene.until(lambda: second.runtime.cache.pods_of(job_body()["metadata"]["uid"]))
+    for replica, answer in ((first, 401), (second, 503)):
+        assert await replica.says("/readyz", health=True) == 200, "leading or not"
+        assert await replica.says(ORDER_PATH) == answer
+    assert (first.leads, second.leads) == (True, False)
+    scene.api.store(JOBS, job_body(name="another", uid="bbbbbccc-1"), "ADDED")
+    await scene.until(lambda: len(scene.training_pods) == 4)
+    assert (len(second.runtime.queue), second.runtime._tasks[2:]) == (0, []), "nothing piles up where nobody works"
+    assert scene.holder == "a_uid-a"
+
+
+async def test_one_that_goes_is_followed_at_once_and_its_agents_are_sent_on(scene: Scene) -> None:
+    first, second = await scene.replica("a").starts(), await scene.replica("b").starts()
+    await scene.until(lambda: scene.labelled)
+    assert first.leads
+    heard_until_now = second.runtime._reports.hearing.since
+    await first.runtime.stop()
+    assert scene.holder != "a_uid-a"
+    await scene.until(lambda: second.leads and scene.labelled == ["b"])
+    assert second.runtime._reports.hearing.since > heard_until_now, "silence counts from now on"
+    assert await second.says(ORDER_PATH) == 401
+    assert (first.lost, first.dead, second.dead) == (0, 0, 0)
+    scene.api.remove(PODS, "team-a", scene.training_pods[0])
+    await scene.until(lambda: len(scene.training_pods) == 2)
+    first.runtime = None
+
+
+async def test_what_changed_while_nobody_led_is_done_by_the_next(scene: Scene) -> None:
+    first, second = await scene.replica("a").starts(), await scene.replica("b").starts()
+    await scene.until(lambda: len(scene.training_pods) == 2)
+    await first.runtime.stop()
+    first.runtime = None
+    scene.api.store(JOBS, job_body(name="another", uid="bbbbbccc-1"), "ADDED")
+    await scene.until(lambda: len(scene.training_pods) == 4)
+    assert second.leads
+
+
+async def test_a_leader_without_an_api_server_gives_no_orders_and_ends(scene: Scene) -> None:
+    first, second = await scene.replica("a").starts(), await scene.replica("b").starts()
+    await scene.until(lambda: scene.labelled == ["a"])
+    scene.server.hold.clear()
+    await scene.until(lambda: not first.leads)
+    assert await first.says(ORDER_PATH) == 503
+    with pytest.raises(KubeError):
+        await first.runtime._client.create(PODS, "team-a", {"metadata": {"name": "late"}})
+    await scene.until(lambda: first.lost)
+    assert (second.lost, second.dead, second.leads) == (0, 0, False)
+    assert await second.says("/readyz", health=True) == 200
+    scene.server.hold.set()
+    await scene.until(lambda: second.leads)
+    assert "late" not in scene.training_pods
+
+
+async def test_who_starts_while_the_api_server_is_away_waits_for_it(scene: Scene) -> None:
+    scene.server.answer_with = [(503, {})] * 50
+    starting = asyncio.create_task(scene.replica("a").starts())
+    await scene.until(lambda: len(scene.server.requests) > 8)
+    assert not starting.done()
+    scene.server.answer_with = []
+    await scene.until(starting.done)
+    await scene.until(lambda: starting.result().leads)
+
+
+async def test_a_right_that_is_missing_ends_the_start(scene: Scene) -> None:
+    async def denied(*_: Any) -> Any:
+        return {"status": {"allowed": False}}
+
+    scene.api.create = denied
+    with pytest.raises(Forbidden, match=r"update leases/finetune-operator in finetune-system; create leases"):
+        await scene.replica("a").starts()
+
+
+async def test_to_be_chosen_while_stopping_begins_nothing(scene: Scene) -> None:
+    first = await scene.replica("a").starts()
+    await scene.until(lambda: first.leads)
+    tasks = len(first.runtime._tasks)
+    await first.runtime.stop()
+    first.runtime._take_over(first._fatal, first._lost)
+    assert (len(first.runtime._tasks), first.lost) == (tasks, 0)
+    first.runtime = None
+
+
+async def test_certificates_are_shown_and_put_back_without_a_restart(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_operator.runtime.CERTIFICATE_SECONDS", 0.02)
+    secret = ("secrets", HOME, "finetune-operator-job-server")
+    first = await scene.replica("a").starts()
+    await scene.until(lambda: first.leads)
+    known = first.runtime._certificates
+    with suppress(KeyError):
+        del scene.api.objects[secret]
+    await scene.until(lambda: secret in scene.api.objects)
+    assert first.runtime._certificates == known, "agents of running jobs trust no other authority"

@@ -1,0 +1,173 @@
+"""An operator of another version takes over while a job trains: the gang stays what it is until nothing of it is left."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from finetune_agent.reporting import fit
+from finetune_api import protocol
+from finetune_api.protocol import AgentState, Order, Report, from_wire, to_wire
+from finetune_operator.jobserver.plausible import check_plausible
+from finetune_operator.kube.api import CONFIG_MAPS
+from finetune_operator.settings import Settings
+from tests.operator.simulation import Cluster
+from tests.operator.story import idle_report
+
+SILENT_SECONDS = Settings.model_fields["silent_seconds"].default
+NEXT = """
+operatorImage: registry.example/finetune-operator:0.2.0
+service: renamed
+profiles: {default: {image: "registry.example/finetune-trainer:0.2.0"}}
+"""
+
+
+def images(cluster: Cluster) -> set[tuple[str, str]]:
+    """What the pods run: the tags of agent and trainer."""
+    return {
+        tuple(
+            container["image"].partition(":")[2]
+            for container in (*pod["spec"]["initContainers"], *pod["spec"]["containers"])
+        )
+        for pod in cluster.pods()
+    }
+
+
+async def test_taking_over_changes_nothing_of_what_trains() -> None:
+    cluster = Cluster()
+    await cluster.settle()
+    before, writes, status = cluster.pods(), len(cluster.api.writes), cluster.status
+    cluster.restart_operator(NEXT)
+    await cluster.settle()
+    assert (cluster.pods(), cluster.status, cluster.api.writes[writes:]) == (before, status, [])
+
+
+async def test_a_new_leader_that_has_heard_nobody_yet_writes_nothing_of_it() -> None:
+    cluster = Cluster()
+    await cluster.settle()
+    writes, status = len(cluster.api.writes), cluster.status
+    cluster.restart_operator()
+    assert await cluster.reconcile() == SILENT_SECONDS, "to look again"
+    cluster.wait(SILENT_SECONDS - 1)
+    assert await cluster.reconcile() == 1
+    assert (cluster.phase, cluster.api.writes[writes:]) == ("Running", [])
+    cluster.wait(1)
+    await cluster.reconcile()
+    assert cluster.status != status, "who says nothing for so long is not known to train"
+    await cluster.settle()
+    assert cluster.phase == "Running"
+
+
+async def test_a_new_leader_that_has_heard_nobody_yet_sees_that_a_pod_is_gone() -> None:
+    cluster = Cluster()
+    await cluster.settle()
+    cluster.restart_operator()
+    cluster.remove_pod(cluster.status["gang"]["members"][1]["uid"])
+    cluster.watch()
+    await cluster.reconcile()
+    assert cluster.generation == 2
+
+
+async def test_a_pod_that_is_replaced_runs_what_its_peers_run() -> None:
+    cluster = Cluster(nodes=3)
+    await cluster.settle()
+    (config,) = cluster.api.bodies(CONFIG_MAPS)
+    cluster.restart_operator(NEXT)
+    for _ in range(2):
+        cluster.wait(100)  # no back-off after quick failures
+        cluster.remove_pod(cluster.status["gang"]["members"][1]["uid"])
+        await cluster.settle()
+        assert (cluster.phase, len(cluster.pods())) == ("Running", 3)
+        assert images(cluster) == {("0.1.0", "0.1.0")}
+    assert cluster.api.bodies(CONFIG_MAPS) == [config], "nor do they read anything else"
+
+
+async def test_a_gang_of_which_nothing_is_left_is_made_anew() -> None:
+    cluster = Cluster()
+    await cluster.settle()
+    cluster.restart_operator(NEXT)
+    for pod in list(cluster.pods()):
+        cluster.remove_pod(pod["metadata"]["uid"])
+    await cluster.settle()
+    assert (cluster.phase, images(cluster)) == ("Running", {("0.2.0", "0.2.0")})
+    (config,) = cluster.api.bodies(CONFIG_MAPS)
+    assert "renamed.finetune-system" in config["data"]["job.json"]
+
+
+async def test_a_suspended_job_comes_back_with_the_newest() -> None:
+    cluster = Cluster()
+    await cluster.settle()
+    cluster.restart_operator(NEXT)
+    cluster.edit(suspend=True)
+    await cluster.settle()
+    cluster.edit(suspend=False)
+    await cluster.settle()
+    assert (cluster.phase, images(cluster)) == ("Running", {("0.2.0", "0.2.0")})
+
+
+async def test_what_never_ran_is_no_example() -> None:
+    """A pod whose image cannot be pulled: another one beside it gets what the administrator has mended."""
+    cluster = Cluster()
+    await cluster.reconcile()
+    cluster.watch()
+    cluster.restart_operator(NEXT)
+    cluster.remove_pod(cluster.pods()[0]["metadata"]["uid"])
+    cluster.watch()
+    await cluster.reconcile()
+    assert images(cluster) == {("0.1.0", "0.1.0"), ("0.2.0", "0.2.0")}
+
+
+# What agents of other versions say.
+
+
+def test_a_report_of_the_first_agents_is_understood() -> None:
+    """It has none of the fields that came later. Frozen: agents like this run in pods that the operator does not touch."""
+    oldest = {
+        "podUid": "pod-1",
+        "instance": "a",
+        "agentVersion": "0.1.0",
+        "generation": 3,
+        "state": "Running",
+        "address": "10.0.0.1",
+        "port": 29500,
+        "protocol": 1,
+        "heartbeat": {"phase": "Training", "step": 7},
+        "exits": [{"generation": 2, "rank": 0, "exitCode": 1}],
+    }
+    report = from_wire(Report, oldest)
+    check_plausible(report)
+    assert report.protocol in protocol.SERVED_VERSIONS
+    assert (report.state, report.generation, report.exits[0].exit_code) == (AgentState.RUNNING, 3, 1)
+
+
+def test_an_order_of_the_first_operators_is_understood() -> None:
+    """After a rollback a new agent hears an old operator."""
+    oldest = {"action": "Run", "generation": 3, "rank": 1, "nodes": 2, "processesPerNode": 1, "masterAddress": "10.0.0.1", "masterPort": 29500, "graceSeconds": 0, "protocol": 1}  # fmt: skip
+    order = from_wire(Order, oldest)
+    assert (order.rank, order.nodes, order.master_address, order.master_port) == (1, 2, "10.0.0.1", 29500)
+
+
+def add_unknown(value: Any) -> Any:
+    """Put a field that nobody knows into every object."""
+    if isinstance(value, dict):
+        return {name: add_unknown(member) for name, member in value.items()} | {"fromTheFuture": {"a": [1]}}
+    return [add_unknown(member) for member in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("kind", [Report, Order])
+def test_fields_from_the_future_are_passed_over_at_any_depth(kind: Any) -> None:
+    message = (
+        replace(
+            idle_report("pod-1", 0),
+            heartbeat=protocol.Heartbeat(protocol.Phase.TRAINING, 3),
+            exits=[protocol.Exit(1, 0, 1)],
+        )
+        if kind is Report
+        else Order(protocol.Action.RUN, 3, 1, 2)
+    )
+    assert from_wire(kind, add_unknown(to_wire(message))) == message
+
+
+def test_this_version_serves_itself() -> None:
+    assert max(protocol.SERVED_VERSIONS) == protocol.PROTOCOL_VERSION
+    assert len(fit(idle_report("pod-1", 0))) > 0
