@@ -264,9 +264,10 @@ def said(status: dict[str, Any], kind: str) -> tuple[str, str]:
 
 
 def steps_of(job: Job) -> list[tuple[int, int]]:
-    """Return generation and step of each member, from its own disk."""
+    """Return generation and step of each member, from its own disk, as soon as it has done one."""
+    wait_for_one = "until test -s /scratch/step; do sleep 0.2; done; cat /scratch/step"
     members = job.status()["gang"]["members"]
-    texts = [job.run_in(member["pod"], "cat", "/scratch/step").split() for member in members]
+    texts = [job.run_in(member["pod"], "timeout", "60", "sh", "-c", wait_for_one).split() for member in members]
     return [(int(generation), int(step)) for generation, step in texts]
 
 
