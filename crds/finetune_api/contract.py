@@ -104,7 +104,7 @@ class ExitCode(IntEnum):
     STORAGE_UNAVAILABLE = 69  # the object store stayed away past every retry
     WRONG_WORLD = 71  # WORLD_SIZE is not what the job says
     STALE = 73  # a newer generation owns the checkpoint prefix
-    PORT_IN_USE = 74  # the agent's own word (rank -1): the generation's master port is taken on rank 0's node
+    PORT_IN_USE = 74  # the generation's master port is taken on rank 0's node: the agent's word (rank -1), or rank 0's
     SAVED = 75  # stopped on request, after a committed save
     NUMERIC = 76  # NaN or infinity, again and again: rolling back did not help
     NO_PERMISSION = 77  # the object store or a file refused us

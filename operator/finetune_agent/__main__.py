@@ -19,6 +19,10 @@ def main(arguments):  # type: ignore[no-untyped-def]  # annotations would be one
         from finetune_agent import worker
 
         return worker.main(rest)
+    if program == "fork-server":
+        from finetune_agent import fork_server
+
+        return fork_server.main(rest)
     if program == "agent":
         from finetune_agent import loop
 

@@ -29,7 +29,7 @@ from finetune_api.protocol import Action, AgentState, Exit, Heartbeat, Order, Pr
 
 LAUNCHER_RANK = -1
 ECHO_SECONDS = 2.0  # after a worker's bad end, for its peers to say how they end
-SETTLE_SECONDS = 1.0  # after the launcher's end, for records of workers that are under way
+SETTLE_SECONDS = 0.3  # after the launcher's end, for records of workers that are under way
 TERMINATED = 143  # 128 + SIGTERM
 QUICK_TICK_SECONDS = 0.05
 SLOW_TICK_SECONDS = 1.0  # enough to notice silence

@@ -75,6 +75,32 @@ def worker_environment(
     return environment
 
 
+def rank_environment(base: Mapping[str, str], order: Order, local_rank: int, folder: Path) -> Dict[str, str]:
+    """Return one worker's environment as torchrun would make it, but for who holds the store: rank 0's worker does."""
+    rank = order.rank * order.processes_per_node + local_rank
+    world_size = order.nodes * order.processes_per_node
+    return {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        **base,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(order.processes_per_node),
+        "GROUP_RANK": str(order.rank),
+        "GROUP_WORLD_SIZE": str(order.nodes),
+        "ROLE_NAME": "default",
+        "ROLE_RANK": str(rank),
+        "ROLE_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": order.master_address,
+        "MASTER_PORT": str(order.master_port),
+        "TORCHELASTIC_RUN_ID": "g" + str(order.generation),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "TORCHELASTIC_ERROR_FILE": str(folder / ("error-" + str(local_rank) + ".json")),
+    }
+
+
 def read_credentials(folder: Path) -> Optional[Dict[str, str]]:
     """Return the job's secret as it is now, or None where it is not mounted, is gone or lacks something.
 

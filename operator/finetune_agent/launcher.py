@@ -2,6 +2,8 @@
 
 Membership is static and torchrun restarts nothing: the operator decides both. Options are spelled with underscores,
 which every torch since 1.10 understands. Nothing here ends processes: see processes.py.
+
+The recipe's trainer needs no torchrun: see direct_launcher.py and warm_launcher.py.
 """
 
 import json
@@ -9,13 +11,11 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Protocol
+from typing import Any, Callable, Collection, Dict, List, Optional, Protocol
 
 from finetune_agent import ports
 from finetune_api.contract import ExitCode
 from finetune_api.protocol import Exit, Order
-
-TRAINER = ["-u", "-m", "finetune_trainer"]
 
 
 class CannotStart(Exception):
@@ -28,7 +28,7 @@ class CannotStart(Exception):
 
 @dataclass(frozen=True)
 class Launch:
-    """One generation to start. ``command`` is each worker's, empty for the trainer; ``folder`` is for its files."""
+    """One generation to start. ``command`` is each worker's, empty for the recipe's trainer; ``folder`` is for its files."""
 
     order: Order
     command: List[str]
@@ -57,6 +57,17 @@ class Running(Protocol):
 class Launcher(Protocol):
     """A way to start workers under torchrun's contract (environment, error file)."""
 
+    def prepare(self, changed: Callable[[], None]) -> None:
+        """Begin with what takes long, beside all else. Any thread calls ``changed`` when ``is_ready`` may have changed."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether to start now; if not, it is quicker to wait."""
+
+    @property
+    def spared(self) -> Collection[int]:
+        """The pids of processes that are no generation's and outlive them all."""
+
     def start(self, launch: Launch) -> Running:
         """Start all local workers; call from the main thread (see processes).
 
@@ -68,8 +79,14 @@ class Launcher(Protocol):
 class TorchrunLauncher:
     """``torch.distributed.run`` with static membership, under our wrapper, with a parent of ours for each worker."""
 
+    is_ready = True
+    spared = ()
+
     def __init__(self, agent_file: str) -> None:
         self._agent_file = agent_file
+
+    def prepare(self, changed: Callable[[], None]) -> None:
+        """See Launcher."""
 
     def start(self, launch: Launch) -> Running:
         """See Launcher."""
@@ -97,8 +114,11 @@ class TorchrunLauncher:
             "log_dir": launch.folder,  # for error files only: output does not go to files
         }
         worker = [sys.executable, "-I", "-S", self._agent_file, "worker"]
-        command = launch.command or [sys.executable, *TRAINER]
-        return ["--" + name + "=" + str(value) for name, value in options.items()] + ["--no_python", *worker, *command]
+        return ["--" + name + "=" + str(value) for name, value in options.items()] + [
+            "--no_python",
+            *worker,
+            *launch.command,
+        ]
 
 
 class RunningTorchrun:

@@ -44,6 +44,7 @@ from finetune_agent.launcher import CannotStart, Launch, Launcher, Running, Torc
 from finetune_agent.reporting import Access, HttpsJobServer, Orders, Poller, Reporter
 from finetune_agent.settings import Settings, read_settings
 from finetune_agent.stub import say
+from finetune_agent.warm_launcher import WarmLauncher
 from finetune_api.contract import MESSAGE_LIMIT
 from finetune_api.protocol import AgentState, Order
 
@@ -56,6 +57,10 @@ FLUSH_SECONDS = 3.0  # for the last report, once the container's end is decided
 
 class LevelsChanged:
     """The board has something new."""
+
+
+class LauncherChanged:
+    """The launcher may be ready now."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Loop:
         self._listener = Listener(settings.folder, self._board, self._events.put)
         self._kubeflow = KubeflowServer(self._board)
         self._save_now = settings.folder / SAVE_NOW_FILE
+        self._waiting: Optional[Launch] = None
         access = Access(settings.job.job_server, settings.pod_uid, settings.ca_file, settings.token_file)
         orders = Orders(lambda order: self._events.put(Ordered(order)))
         self._poller = Poller(HttpsJobServer(access), orders)
@@ -95,6 +101,7 @@ class Loop:
         """Run until there is a verdict; return it."""
         # SimpleQueue.put may be called from a signal handler, Queue.put may not.
         signal.signal(signal.SIGTERM, lambda _number, _frame: self._events.put(Terminate()))
+        self._launcher.prepare(lambda: self._events.put(LauncherChanged()))
         self._events.put(Tick())  # ends what a former instance left
         for name, thread in (("beats", self._listener), ("kubeflow", self._kubeflow)):
             guard(name, thread.run)
@@ -113,6 +120,8 @@ class Loop:
             event = self._events.get(timeout=self._agent.tick_seconds)
         except queue.Empty:
             return Tick()
+        if isinstance(event, LauncherChanged):
+            return self._launch() or Tick()
         return self._board.take() if isinstance(event, LevelsChanged) else event
 
     def _handle(self, event: Any) -> Optional[int]:
@@ -145,10 +154,13 @@ class Loop:
         if isinstance(effect, Examine):
             return self._examine(effect)
         assert isinstance(effect, Kill)
-        spare = (os.getpid(),)
-        return (
-            None if processes.kill_descendants(self._stub_pid, spare=spare, patience_seconds=KILL_SECONDS) else Gone()
-        )
+        return self._kill()
+
+    def _kill(self) -> Optional[Gone]:
+        self._waiting = None
+        spare = (os.getpid(), *self._launcher.spared)
+        left = processes.kill_descendants(self._stub_pid, spare=spare, patience_seconds=KILL_SECONDS)
+        return None if left else Gone()
 
     def _ask(self, effect: Ask) -> None:
         """The file first: a worker that the signal wakes may look for it at once."""
@@ -179,14 +191,26 @@ class Loop:
 
     def _start(self, order: Order) -> Any:
         try:
-            running = self._launcher.start(self._prepare(order))
+            self._waiting = self._prepare(order)
+        except OSError as error:
+            return NotStarted("the launcher cannot be started: " + str(error))
+        return self._launch()
+
+    def _launch(self) -> Optional[NotStarted]:
+        """Start the workers that wait for it, as soon as the launcher is ready."""
+        launch = self._waiting
+        if launch is None or not self._launcher.is_ready:
+            return None
+        self._waiting = None
+        try:
+            running = self._launcher.start(launch)
         except CannotStart as error:
             return NotStarted(str(error), error.exit_code)
         except OSError as error:
             return NotStarted("the launcher cannot be started: " + str(error))
         finally:
             self._agent.port = ports.propose_port()
-        guard("launcher", lambda: self._await_end(order.generation, running), ends=True)
+        guard("launcher", lambda: self._await_end(launch.order.generation, running), ends=True)
         return None
 
     def _prepare(self, order: Order) -> Launch:
@@ -273,13 +297,16 @@ def main(arguments: List[str]) -> int:
     """Be the agent process of the stub whose pid comes first; how the former instance ended comes second."""
     stub_pid = int(arguments[0])
     processes.die_with_parent(stub_pid)
+    processes.set_name("agent")
     agent_file = sys.argv[0]
     try:
         settings = read_settings(os.environ, agent_file)
     except ValueError as error:
         say("this pod is not one of an operator's: " + str(error))
         return BUG
-    launcher = TorchrunLauncher(settings.agent_file)
+    launcher: Launcher = WarmLauncher(settings.agent_file, settings.folder, stub_pid)
+    if settings.job.command:
+        launcher = TorchrunLauncher(settings.agent_file)
     verdict = Loop(settings, stub_pid=stub_pid, previous_end=arguments[1], launcher=launcher).run()
     sys.stdout.flush()
     os._exit(verdict)  # daemon threads have nothing to lose

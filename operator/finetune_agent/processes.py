@@ -5,20 +5,27 @@ Everything that a generation started, however it forked, put itself into session
 subreaper where it is not PID 1. So a generation's processes are the stub's descendants without stub and agent. What
 ``kubectl exec`` starts has no parent inside the pod and is spared.
 
+The one thing that outlives generations is the fork server (fork_server.py), which whoever ends them spares by its pid.
+
 PR_SET_PDEATHSIG covers the stub's own violent death where it is not PID 1. It fires when the parent *thread* that
-forked ends, so whoever uses it must be forked from a main thread.
+forked ends, so whoever dies of it must be forked from a main thread.
 """
 
 import contextlib
 import ctypes
 import os
 import signal
+import socket
+import struct
 import time
 from pathlib import Path
 from typing import Collection, Dict, List, Optional, Tuple
 
 PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
+PEER = struct.Struct("iII")  # pid, uid and gid of SO_PEERCRED
+LISTENER_SECONDS = 1.0
 KILL_PAUSE_SECONDS = 0.005
 READS = 10
 
@@ -28,6 +35,41 @@ def die_with_parent(parent: Optional[int] = None) -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def live_with(ancestor: int, parent: int) -> None:
+    """Have this process die with ``ancestor``, to whom orphans fall, and not with its parent. Takes SIGUSR2."""
+
+    def look(_number: int = 0, _frame: object = None) -> None:
+        if os.getppid() not in (parent, ancestor):
+            os._exit(1)
+
+    signal.signal(signal.SIGUSR2, look)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGUSR2)  # comes once more when the next parent dies
+    look()
+
+
+def listener(path: Path) -> Optional[int]:
+    """Return the pid of the process that listens on a Unix socket, by the kernel's word."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(LISTENER_SECONDS)
+        try:
+            connection.connect(str(path))
+        except OSError:
+            return None
+        return peer(connection)
+
+
+def peer(connection: socket.socket) -> int:
+    """Return the pid of the process that listened when a Unix socket was connected."""
+    pid: int = PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))[0]
+    return pid
+
+
+def set_name(name: str) -> None:
+    """Show this name, of up to 15 characters, in /proc/PID/comm and in ``ps``."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 
 
 def adopt_orphans() -> None:

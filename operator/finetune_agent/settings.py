@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping
 
+from finetune_agent.stub import folder
 from finetune_api import contract
 from finetune_api.protocol import JobFile, from_wire
 
@@ -43,16 +44,15 @@ def read_settings(environment: Mapping[str, str], agent_file: str) -> Settings:
         ValueError: something is missing or wrong; the message names it.
     """
     job_file = Path(environment.get(contract.JOB_FILE_VARIABLE, contract.JOB_FILE))
-    agent_path = Path(agent_file).resolve()
-    folder = agent_path.parent / "agent"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    own_folder = folder(agent_file)
+    own_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return Settings(
         job=read_job(job_file),
         pod_name=environment.get(contract.POD_NAME, ""),
         pod_uid=_required(environment, contract.POD_UID),
         address=_required(environment, contract.POD_ADDRESS),
-        agent_file=str(agent_path),
-        folder=folder,
+        agent_file=str(Path(agent_file).resolve()),
+        folder=own_folder,
         job_file=job_file,
         token_file=Path(environment.get(contract.TOKEN_FILE_VARIABLE, contract.TOKEN_FILE)),
         credentials_folder=Path(environment.get(contract.CREDENTIALS_FOLDER_VARIABLE, contract.CREDENTIALS_FOLDER)),

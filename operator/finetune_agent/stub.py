@@ -1,7 +1,8 @@
 """PID 1: reaps orphans and keeps an agent process running, so that the agent's death is not the container's.
 
 It holds no state and does nothing that can fail, for its own death is the pod's. When the agent dies, whatever runs
-below dies too, and a new agent starts: at once the first time, then ever slower. The agent ends for good only with a
+below dies too, but for the fork server, which the next agent takes over, and a new agent starts: at once the first time,
+then ever slower. The agent ends for good only with a
 verdict (see ``VERDICTS``), after the order to finish or SIGTERM; any other end is a death.
 """
 
@@ -9,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import List, Optional, Tuple
 
 from finetune_agent import processes
@@ -20,6 +22,7 @@ FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 10.0
 HEALTHY_SECONDS = 60.0  # an agent that lived this long has earned an immediate successor
 SWEEP_SECONDS = 5.0
+FORK_SERVER_SOCKET = "fork-server.sock"  # in the agent's folder
 
 
 class Stub:
@@ -41,7 +44,9 @@ class Stub:
             verdict, previous_end = self._run_agent(previous_end)
             if verdict is None and self._terminating:
                 verdict = TERMINATED
-            processes.kill_descendants(os.getpid(), spare=(), patience_seconds=SWEEP_SECONDS)
+            fork_server = processes.listener(folder(sys.argv[0]) / FORK_SERVER_SOCKET) if verdict is None else None
+            spare = (fork_server,) if fork_server else ()
+            processes.kill_descendants(os.getpid(), spare=spare, patience_seconds=SWEEP_SECONDS)
             if verdict is not None:
                 return verdict
             self._deaths = 0 if time.monotonic() - started > HEALTHY_SECONDS else self._deaths + 1
@@ -92,6 +97,11 @@ def spawn(arguments: List[str]) -> int:
         os.execv(sys.executable, [sys.executable, sys.argv[0], *arguments])  # noqa: S606  no shell, on purpose
     finally:
         os._exit(1)
+
+
+def folder(agent_file: str) -> Path:
+    """Return where the agent keeps its files."""
+    return Path(agent_file).resolve().parent / "agent"
 
 
 def say(text: str) -> None:

@@ -6,6 +6,8 @@ runs, and once one worker ends badly it SIGTERMs its peers, which may be saving.
 agent at once, and a worker that ended badly is not shown to torchrun: this process then waits for the agent to end the
 generation. SIGTERM is for the worker alone: torchrun signals whole process groups, and a DataLoader's processes that
 die of it break the save.
+
+The agent's own launchers use it too (see workers.py): started anew as a program, or forked with the worker in it.
 """
 
 import contextlib
@@ -15,24 +17,26 @@ import re
 import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, Deque, Dict, List, Optional
+from typing import Any, Callable, Deque, Dict, List, Mapping, NoReturn, Optional, Tuple
 
 from finetune_agent import processes
 from finetune_api import contract
 
 EXITS_SOCKET = "FINETUNE_EXITS_SOCKET"  # ours alone, not handed on to the worker
+END_PIPE = "FINETUNE_END_PIPE"  # ours alone: a descriptor whose end tells the agent's launcher that we ended
+WELL = b"0"  # comes through that pipe first if all was well
 TAIL_LINES = 20
 TAIL_CHARACTERS = 4096
 LINE_BYTES = 8192  # a longer line is printed in pieces
 REFRESH_SECONDS = 1.0  # how often a progress bar (lines that end in a carriage return) goes to the log
 DRAIN_SECONDS = 1.0  # for output after the end of a worker, whose children may hold the pipe open
 NOT_FOUND = 127
+FOR_THE_WORKER = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Fault)\b")
 TORCH_PREFIX = re.compile(
     r"^\[rank\d+\]: "
@@ -111,7 +115,7 @@ def read_error_file(path: Optional[str]) -> str:
 class Telling:
     """The way to the agent."""
 
-    def __init__(self, environment: Dict[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
         self._path = environment.get(EXITS_SOCKET, "")
         self._who = {
             "generation": int(environment.get(contract.GENERATION, "0")),
@@ -130,25 +134,31 @@ class Telling:
 def main(command: List[str]) -> int:
     """Run ``command`` as the worker of this rank; returns only if it succeeded."""
     processes.die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    end_pipe = int(os.environ.pop(END_PIPE, "-1"))
+    return supervise(lambda environment: execute(command, environment), dict(os.environ), end_pipe)
+
+
+def supervise(become: Callable[[Dict[str, str]], NoReturn], environment: Mapping[str, str], end_pipe: int = -1) -> int:
+    """Fork a process that becomes the worker with its environment, and see it through; returns only if it succeeded."""
+    for number in FOR_THE_WORKER:
         signal.signal(number, ignore)
-    telling = Telling(dict(os.environ))
-    environment = {name: value for name, value in os.environ.items() if name != EXITS_SOCKET}
-    printer = Printer(os.environ.get("RANK", "?"))
-    try:
-        status = run(command, environment, printer, telling)
-    except OSError as error:
-        status = NOT_FOUND
-        printer.feed((command[0] + " cannot be run: " + str(error.strerror) + "\n").encode())
+    telling = Telling(environment)
+    printer = Printer(environment.get("RANK", "?"))
+    own = {name: value for name, value in environment.items() if name != EXITS_SOCKET}
+    pid, output = spawn(lambda: become(own), end_pipe)
+    telling.tell(pid=pid)
+    status = pump(pid, output, printer)
     tail = printer.tail()
     telling.tell(
         exitCode=status if status >= 0 else None,
         signal=-status if status < 0 else None,
-        message=error_message(os.environ.get("TORCHELASTIC_ERROR_FILE"), tail) if status else "",
+        message=error_message(environment.get("TORCHELASTIC_ERROR_FILE"), tail) if status else "",
         logTail=tail if status else "",
     )
     while status:
         signal.pause()
+    if end_pipe >= 0:
+        os.write(end_pipe, WELL)
     return 0
 
 
@@ -156,25 +166,47 @@ def ignore(number: int, frame: object) -> None:
     """Take a signal that is not for us. A handler, since SIG_IGN would be inherited by the worker."""
 
 
-def run(command: List[str], environment: Dict[str, str], printer: Printer, telling: Telling) -> int:
-    """Run the worker to its end and return its code, or minus its signal."""
+def spawn(become: Callable[[], NoReturn], end_pipe: int) -> Tuple[int, int]:
+    """Fork the worker; return its pid and where its output comes. Call while there is one thread."""
     parent = os.getpid()
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=lambda: processes.die_with_parent(parent),  # noqa: PLW1509  no other thread lives yet
-    )
-    telling.tell(pid=process.pid)
-    assert process.stdout is not None
+    output, sink = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(sink)
+        return pid, output
+    try:
+        processes.die_with_parent(parent)
+        for number in FOR_THE_WORKER:
+            signal.signal(number, signal.SIG_DFL)
+        for descriptor in (1, 2):
+            os.dup2(sink, descriptor)
+        for descriptor in (output, sink, end_pipe):
+            if descriptor >= 0:
+                os.close(descriptor)
+        become()
+    finally:
+        os._exit(NOT_FOUND)
+
+
+def execute(command: List[str], environment: Dict[str, str]) -> NoReturn:
+    """Become ``command``."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and others need
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvpe(command[0], command, environment)  # noqa: S606  no shell, on purpose
+    except OSError as error:
+        os.write(2, (command[0] + " cannot be run: " + str(error.strerror) + "\n").encode())
+        os._exit(NOT_FOUND)
+
+
+def pump(pid: int, output: int, printer: Printer) -> int:
+    """Print a worker's output to its end; return its exit code, or minus its signal."""
     ended = threading.Event()
-    pump = threading.Thread(target=copy_output, args=(process.stdout.fileno(), printer, ended), daemon=True)
-    pump.start()
-    status = process.wait()
+    copier = threading.Thread(target=copy_output, args=(output, printer, ended), daemon=True)
+    copier.start()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     ended.set()
-    pump.join(DRAIN_SECONDS)
+    copier.join(DRAIN_SECONDS)
     return status
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from finetune_agent import processes
 from finetune_api import contract
-from finetune_api.protocol import Action, JobFile, Order, Report, to_wire
+from finetune_api.protocol import Action, JobCheckpoint, JobFile, JobStorage, Order, Report, to_wire
 from tests.agent.job_server import DEADLINE_SECONDS, JobServer
 
 HERE = Path(__file__).parent
@@ -49,11 +49,19 @@ class Pod:
         (self.folder / f"rank{rank}").write_text("\n".join(lines))
 
     def start(
-        self, command: list[str], *, python: str = sys.executable, fake_torch: bool = True, **environment: str
+        self,
+        command: list[str],
+        *,
+        python: str = sys.executable,
+        fake_torch: bool = True,
+        recipe: dict | None = None,
+        storage: JobStorage | None = None,
+        checkpoint: JobCheckpoint | None = None,
+        **environment: str,
     ) -> None:
-        job = JobFile("team-a", "job", "job-uid", self.server.url, command=command)
+        job = JobFile("team-a", "job", "job-uid", self.server.url, command, storage, checkpoint or JobCheckpoint())
         (self.config / "job.json").write_text(json.dumps(to_wire(job)))
-        (self.config / "recipe.json").write_text("{}")
+        (self.config / "recipe.json").write_text(json.dumps(recipe or {}))
         variables = {
             **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
             contract.POD_NAME: self.uid,

@@ -16,12 +16,10 @@ while not pathlib.Path("/scratch/done").exists():
     time.sleep(0.1)
 """
 
-# The worker is the process that runs the trainer itself; its parents carry the same words behind the agent's file.
-KILL_WORKER = """
-import os, pathlib, signal
-def is_worker(words): return words[-2:] == [b"-m", b"finetune_trainer"] and not any(b"agent.pyz" in word for word in words)
-found = [int(p.parent.name) for p in pathlib.Path("/proc").glob("[0-9]*/cmdline")
-         if is_worker(p.read_bytes().rstrip(b"\\0").split(b"\\0"))]
+# What runs in a training pod has names of its own: "agent", "fork-server", "worker-parent", "worker 0".
+KILL = """
+import os, pathlib, signal, sys
+found = [int(file.parent.name) for file in pathlib.Path("/proc").glob("[0-9]*/comm") if file.read_text().startswith(sys.argv[1])]
 assert len(found) == 1, found
 os.kill(found[0], signal.SIGKILL)
 """
@@ -32,7 +30,7 @@ def test_a_killed_worker_restarts_the_gang_in_place_and_resumes(operator: Cluste
     job.wait("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
     before = {pod["metadata"]["uid"] for pod in job.pods()}
     victim = job.pods()[1]["metadata"]["name"]
-    job.run_in(victim, "python3", "-c", KILL_WORKER)
+    job.run_in(victim, "python3", "-c", KILL, "worker ")
     status = job.wait("the next generation runs", lambda s: s["gang"]["generation"] == 2 and s["phase"] == "Running")
     assert {pod["metadata"]["uid"] for pod in job.pods()} == before, "the pods live on"
     assert status["restarts"]["total"] == 1
@@ -46,6 +44,25 @@ def test_a_killed_worker_restarts_the_gang_in_place_and_resumes(operator: Cluste
     resumed = re.search(r"generation 2: starting after step (\d+) of 800", job.logs(victim.replace("-1-1", "-0-1")))
     assert resumed
     assert int(resumed[1]) >= 5, "nothing that was committed is done again"
+    job.delete()
+
+
+def test_a_killed_fork_server_disturbs_no_training_and_a_killed_agent_is_replaced_in_place(
+    operator: Cluster, namespace: str
+) -> None:
+    job = submit(operator, namespace, "parents", recipe_spec(operator, steps=1600))
+    job.wait("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
+    before = {pod["metadata"]["uid"] for pod in job.pods()}
+    agentless, serverless = (pod["metadata"]["name"] for pod in job.pods())
+    job.run_in(serverless, "python3", "-c", KILL, "fork-server")
+    job.run_in(agentless, "python3", "-c", KILL, "agent")
+    status = job.wait("the next generation runs", lambda s: s["gang"]["generation"] == 2 and s["phase"] == "Running")
+    assert status["restarts"]["total"] == 1, "the agent's death was one, the fork server's none"
+    assert "another starts in 30 s" in job.logs(serverless)
+    done = job.wait_for_phase("Succeeded", 300)
+    assert {pod["metadata"]["uid"] for pod in job.pods()} == before
+    assert done["resumed"]["source"] == "Memory"
+    assert "workers are not forked" not in job.logs(agentless)
     job.delete()
 
 

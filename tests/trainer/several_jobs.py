@@ -34,7 +34,7 @@ class StopAtLook(StopRequest):
 
 
 def run_all(folder: Path) -> None:
-    program._quieten()
+    program.quieten()
     from deepspeed.accelerator import get_accelerator
 
     from finetune_trainer.ranks import join_ranks, leave_ranks

@@ -37,7 +37,7 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def _work(environment: Mapping[str, str], reporter: Reporter, stop: StopRequest) -> None:
-    _quieten()
+    quieten()
     from finetune_trainer.job import read_job
     from finetune_trainer.ranks import join_ranks, leave_ranks  # the imports take seconds: the first beat must not wait
     from finetune_trainer.train import train
@@ -57,7 +57,7 @@ def _end(reporter: Reporter, error: Exception, code: int, message: str) -> int:
     return code
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave the log to what our users can act on."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

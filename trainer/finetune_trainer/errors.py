@@ -5,6 +5,7 @@
     ├── StorageUnavailable  69  the object store stayed away past every retry
     ├── WrongWorld          71  WORLD_SIZE is not what the job says
     ├── Stale               73  a newer generation owns the checkpoint prefix
+    ├── PortInUse           74  somebody else listens where rank 0 is to be found
     ├── SavedOnRequest      75  stopped on request, after a committed save
     ├── NumericFailure      76  NaN or infinity, again and again: rolling back did not help
     ├── NoPermission        77  the object store or a file refused us
@@ -47,6 +48,12 @@ class Stale(TrainingError):
     """A newer generation owns the checkpoint prefix; nothing may be written any more."""
 
     exit_code = ExitCode.STALE
+
+
+class PortInUse(TrainingError):
+    """Somebody else listens where the other ranks are to find rank 0."""
+
+    exit_code = ExitCode.PORT_IN_USE
 
 
 class SavedOnRequest(TrainingError):

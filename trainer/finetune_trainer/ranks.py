@@ -10,6 +10,8 @@ training group may be NCCL, whose collectives must not be interleaved with waiti
 """
 
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -21,11 +23,13 @@ import torch
 import torch.distributed as dist
 
 from finetune_api import contract
-from finetune_trainer.errors import TrainingError, WrongWorld
+from finetune_trainer.errors import PortInUse, TrainingError, WrongWorld
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
+STORE_SECONDS = 300.0  # as long as torch itself would try
+STORE_PAUSE_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ def join_ranks(environment: Mapping[str, str]) -> Ranks:
     """Join the process group that torchrun's environment describes.
 
     Raises:
+        PortInUse: rank 0, which holds the store, cannot.
         WrongWorld: the group has another size than the job; a worker that trained in it would train something else.
     """
     rank, size, local_rank = (int(environment.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -97,12 +102,32 @@ def join_ranks(environment: Mapping[str, str]) -> Ranks:
             f"WORLD_SIZE is {size}, but the job says {contract.EXPECTED_WORLD_SIZE}={expected or '(unset)'}"
         )
     device = _pick_device(local_rank)
-    dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo")
+    if rank != 0:
+        _await_store(environment)
+    try:
+        dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo")
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise PortInUse(f"port {environment['MASTER_PORT']} is in use on rank 0's node") from error
     _forbid_building_operators()
     with redirect_stdout(None):  # "built successfully", of what was prebuilt, in front of what people look for
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     agreement = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Ranks(rank=rank, size=size, local_rank=local_rank, device=device, agreement=agreement)
+
+
+def _await_store(environment: Mapping[str, str]) -> None:
+    """Wait until rank 0 listens: a store that is tried too early is tried again after half a second at the soonest (torch 2.13)."""
+    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    deadline = time.monotonic() + STORE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(place, timeout=1).close()
+        except OSError:
+            time.sleep(STORE_PAUSE_SECONDS)
+        else:
+            return
 
 
 def leave_ranks() -> None:
@@ -126,8 +151,11 @@ def _pick_device(local_rank: int) -> torch.device:
 
 
 def _forbid_building_operators() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives: 35 s at the first start, and a lock file when it is killed."""
+    """Keep DeepSpeed from compiling its shared-memory collectives: 35 s at the first start, and a lock file when it is killed.
+
+    Nothing else reads this table. DeepSpeed fills it when it is first looked at, by running a compiler (0.1 s).
+    """
     from deepspeed.git_version_info import installed_ops
 
-    operators = deepspeed.ops.__compatible_ops__
-    operators["deepspeed_shm_comm"] = installed_ops.get("deepspeed_shm_comm", False)
+    name = "deepspeed_shm_comm"
+    deepspeed.ops.__compatible_ops__ = {name: installed_ops.get(name, False)}

@@ -21,7 +21,9 @@ from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
+import botocore.session
 from botocore.config import Config
+from botocore.loaders import create_loader
 
 from finetune_trainer.errors import BadConfig, NoPermission, StorageUnavailable
 from finetune_trainer.object_store.protocol import ObjectMissing, UploadStopped, never, split_uri
@@ -39,6 +41,7 @@ SDK_ATTEMPTS = 4
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
 
+_DESCRIPTIONS = create_loader()
 _REPEATED = {Kind.TRANSIENT, Kind.UNRESOLVED}
 
 
@@ -150,7 +153,7 @@ class Connection:
         )
 
     def _connect(self) -> Clients:
-        session = boto3.session.Session()
+        session = _session()
         once: dict[str, Any] = {"total_max_attempts": 1, "mode": "standard"}
         return Clients(
             patient=self._client(session, {"total_max_attempts": SDK_ATTEMPTS, "mode": "adaptive"}),
@@ -175,6 +178,18 @@ class Connection:
             return session.client("s3", endpoint_url=self._endpoint, region_name=region, config=config)
         except ValueError:
             raise BadConfig(f"storage.endpoint {self.name!r} is not a URL: write http(s)://host:port") from None
+
+
+def preload() -> None:
+    """Read boto3's description of S3, once for this process and those forked from it, without looking for credentials."""
+    nobody = {"aws_access_key_id": "none", "aws_secret_access_key": "none"}
+    _session().client("s3", region_name="us-east-1", **nobody)
+
+
+def _session() -> Any:
+    session = botocore.session.get_session()
+    session.register_component("data_loader", _DESCRIPTIONS)  # each session would read a megabyte of JSON anew
+    return boto3.session.Session(botocore_session=session)
 
 
 def wait(seconds: float, stopped: Callable[[], bool]) -> None:

@@ -1,0 +1,5 @@
+import sys
+
+from finetune_trainer.warm import main
+
+sys.exit(main())
