@@ -62,5 +62,8 @@ def main() -> int:
     from finetune_trainer.__main__ import main as work
 
     np.random.seed()  # noqa: NPY002  the global generator, which is the same in all that were forked
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the library read it at the import
+    wished = int(os.environ.get("OMP_NUM_THREADS", "1"))  # the library read it at the import
+    torch.set_num_threads(
+        min(wished, len(os.sched_getaffinity(0)))
+    )  # a fresh process's library does not exceed that either
     return work()
