@@ -204,7 +204,7 @@ class Run:
         back_to = self.checkpoints.last_good(suspect_from)
         first = plan.numbers(max(back_to, suspect_from), position.skipped_ranges)[0]
         last = plan.numbers(position.step, position.skipped_ranges)[-1]
-        count = self.checkpoints.roll_back(back_to, (int(first), int(last) + 1))
+        count = self.checkpoints.roll_back(suspect_from, (int(first), int(last) + 1))
         raise RolledBack(
             f"{what}; going back to step {back_to} and leaving out samples {first} to {last} "
             f"(time {count} of {ROLLBACKS_LIMIT})"

@@ -141,13 +141,24 @@ def test_a_rollback_goes_behind_what_is_suspected_as_far_as_there_are_checkpoint
     saver = checkpoints(engine, two_saved, 2)
     saver.resume()
     assert saver.last_good(suspect_from) == back_to
-    saver.roll_back(back_to, (280, 288))
+    saver.roll_back(suspect_from, (280, 288))
     assert [entry.step for entry in head(two_saved).kept] == kept
     after = checkpoints(engine, two_saved, 3)
     assert after.resume()[0].step == back_to
     save(engine, after, 30)
     assert [entry.step for entry in head(two_saved).kept] == [30, back_to]
     assert {uri.split("/")[-3] for uri in objects(two_saved, "/checkpoints/")} == {"step-30", f"step-{back_to}"}
+
+
+def test_a_rollback_keeps_a_checkpoint_whose_commit_was_never_confirmed(engine, store):
+    saver = checkpoints(engine, store, 1)
+    saver.resume()
+    store.after = Once("HEAD", StorageUnavailable("away"))
+    with pytest.raises(StorageUnavailable):
+        save(engine, saver, 10)
+    store.heal()
+    saver.roll_back(0, (0, 8))
+    assert [entry.step for entry in head(store).kept] == [10]
 
 
 def test_without_a_checkpoint_a_rollback_goes_to_the_start(engine, store):
@@ -417,7 +428,7 @@ def test_a_rollback_starts_the_next_generation_before_it_and_skips_the_range(eng
     save(engine, saver, 30)
     two_saved.before = Once("rank-00000.safetensors", StorageUnavailable("away"))
     saver.begin_save(position(35))
-    assert saver.roll_back(saver.last_good(35), (280, 288)) == 1
+    assert saver.roll_back(35, (280, 288)) == 1
     found, resumed = checkpoints(engine, two_saved, 3, pod=tmp_path).resume()
     assert found == replace(position(30), skipped_ranges=((3, 5), (280, 288)))
     assert marks(engine) == {30.0}, "what was staged after the newest commit is void"

@@ -222,7 +222,7 @@ def test_keeping_the_best_is_as_safe():
 
 def test_a_rollback_happens_once_or_not_at_all_and_survives_what_comes_after():
     """The lower generation rolls back, dies or is replaced; the count and the range are in HEAD or the swap never happened."""
-    rolling = Writer(1, "g1", (Fence(), RollBack((8, 16), step=10)), 2)
+    rolling = Writer(1, "g1", (Fence(), RollBack((8, 16), suspect_from=10)), 2)
     found = search(World(START, (rolling, writer(2, keep=2, losses=0))))
     counts = {(end.head.rollbacks, end.head.lineage, end.head.skipped_ranges) for end in found.ends}
     assert counts == {(0, 0, ()), (1, 1, ((8, 16),))}

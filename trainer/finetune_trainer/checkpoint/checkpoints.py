@@ -22,7 +22,7 @@ from finetune_trainer.checkpoint import deepspeed_state as state
 from finetune_trainer.checkpoint.commit import HeadWriter
 from finetune_trainer.checkpoint.conditional_writes import require_conditional_writes
 from finetune_trainer.checkpoint.fetch import Broken
-from finetune_trainer.checkpoint.head import Head, Retention
+from finetune_trainer.checkpoint.head import Head, Retention, last_good
 from finetune_trainer.checkpoint.manifest import Position, Shard
 from finetune_trainer.checkpoint.memory import restore_from_memory
 from finetune_trainer.checkpoint.ranks import Ranks
@@ -176,16 +176,15 @@ class Checkpoints:
     def last_good(self, suspect_from: int) -> int:
         """Return the step to go back to: the newest checkpoint not later than ``suspect_from``, else the oldest; 0 without any."""
         self.wait()
-        kept = self._ranks.first(self._head_writer.kept_steps)
-        return next((step for step in kept if step <= suspect_from), kept[-1] if kept else 0)
+        return last_good(self._ranks.first(self._head_writer.kept), suspect_from)
 
-    def roll_back(self, step: int, skipped: tuple[int, int]) -> int:
-        """Void everything later than a step's checkpoint, leave out a range of samples, and return how often that was done.
+    def roll_back(self, suspect_from: int, skipped: tuple[int, int]) -> int:
+        """Void everything later than the last good checkpoint, leave out samples, and return how often that was done.
 
         The engine's state is of no use any more: the next generation resumes.
         """
         self.wait()
-        return self._ranks.first(partial(self._head_writer.roll_back, step, skipped)).rollbacks
+        return self._ranks.first(partial(self._head_writer.roll_back, suspect_from, skipped)).rollbacks
 
     def close(self) -> None:
         """Give up threads and groups; for who makes several in one process."""

@@ -100,13 +100,13 @@ class HeadWriter:
         """Note what the evaluation of a step gave and return the new ``HEAD``."""
         return self._settle(Grade(step, metric, self._retention))
 
-    def roll_back(self, step: int, skipped: tuple[int, int]) -> Head:
-        """Make the next generation start from a step's checkpoint without a range of samples; return the new ``HEAD``."""
-        return self._settle(RollBack(skipped, step))
+    def roll_back(self, suspect_from: int, skipped: tuple[int, int]) -> Head:
+        """Make the next generation start before a step, without a range of samples; return the new ``HEAD``."""
+        return self._settle(RollBack(skipped, suspect_from))
 
-    def kept_steps(self) -> list[int]:
-        """Return the steps whose checkpoints are kept, newest first, as this writer settled it last."""
-        return [entry.step for entry in self._last.kept] if self._last else []
+    def kept(self) -> tuple[Kept, ...]:
+        """Return the checkpoints that are kept, newest first, as this writer settled it last."""
+        return self._last.kept if self._last else ()
 
     def _settle(self, change: Change) -> Head:
         swap = Swap(self._generation, change, owned=self._owned, last=self._last)

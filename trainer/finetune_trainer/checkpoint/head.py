@@ -128,18 +128,27 @@ class Drop:
         return replace(head, kept=tuple(old for old in head.kept if old not in self.lost))
 
 
+def last_good(kept: tuple[Kept, ...], suspect_from: int) -> int:
+    """Return the step of the newest checkpoint not later than ``suspect_from``, else of the oldest; 0 without any."""
+    steps = [entry.step for entry in kept]
+    return next((step for step in steps if step <= suspect_from), steps[-1] if steps else 0)
+
+
 @dataclass(frozen=True, slots=True)
 class RollBack:
-    """Go back to the checkpoint of ``step`` and leave out a range of samples from there on."""
+    """Go back to before the step ``suspect_from`` and leave out a range of samples from there on.
+
+    To which checkpoint is decided from what HEAD lists when it is swapped: there may be one whose commit its writer never heard of.
+    """
 
     skipped: tuple[int, int]
-    step: int
+    suspect_from: int
 
     def apply(self, head: Head) -> Head:
         """Return the content afterwards."""
         return replace(
             head,
-            kept=tuple(old for old in head.kept if old.step <= self.step),
+            kept=tuple(old for old in head.kept if old.step <= last_good(head.kept, self.suspect_from)),
             lineage=head.lineage + 1,
             skipped_ranges=(*head.skipped_ranges, self.skipped),
             rollbacks=head.rollbacks + 1,
