@@ -15,6 +15,7 @@ import pytest
 
 from finetune_api.contract import LEADER_LABEL
 from tests.cluster.cluster import Cluster
+from tests.cluster.console import ClusterError
 from tests.cluster.installation import RELEASE, SYSTEM_NAMESPACE
 from tests.cluster.jobs import Job, submit
 from tests.cluster.training_inputs import script_spec
@@ -171,6 +172,7 @@ def test_a_node_whose_kubelet_is_gone_costs_nothing_while_its_pod_is_heard(
     finally:
         three_nodes.start_kubelet(node)
         three_nodes.wait_for_ready(node)
+    wait_until(lambda: can_be_entered(job, lost["pod"]), "the kubelet knows its pods again", 60)
     assert goes_on(steps_of(job), before)
     assert finish(job)["gang"]["generation"] == 1
     job.delete()
@@ -244,7 +246,8 @@ def test_training_goes_on_and_nothing_is_restarted_when_it_is_over(
     with away(operator):
         time.sleep(AWAY_SECONDS)
         if away is the_operator_deaf:
-            assert said(steady.status(), "Ready") == ("Unknown", "NoAgentHeard")
+            status = steady.status()
+            assert said(status, "Ready") == ("Unknown", "NoAgentHeard"), status
     status = steady.wait("all is well again", lambda s: said(s, "Ready") == ("True", "Running"), 90)
     time.sleep(35)  # longer than an agent may be silent: whoever is missed would be missed by now
     status = steady.status()
@@ -269,6 +272,14 @@ def steps_of(job: Job) -> list[tuple[int, int]]:
     members = job.status()["gang"]["members"]
     texts = [job.run_in(member["pod"], "timeout", "60", "sh", "-c", wait_for_one).split() for member in members]
     return [(int(generation), int(step)) for generation, step in texts]
+
+
+def can_be_entered(job: Job, pod: str) -> bool:
+    try:
+        job.run_in(pod, "true")
+    except ClusterError:
+        return False
+    return True
 
 
 def goes_on(now: list[tuple[int, int]], before: list[tuple[int, int]]) -> bool:
