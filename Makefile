@@ -29,18 +29,18 @@ demo: venv ## A real Kubernetes on this machine, the operator, and a fine-tuning
 demo-down: venv ## Take down what `make demo` left for you to look at
 	python -m tests.cluster down
 
-test: venv check ## Everything: unit tests while the cluster's programs and images are built, then the real cluster
+test: venv check ## Unit tests while the cluster's programs and images are built, then the real cluster, but for what takes long there
 	python -m tests.cluster build > $(FINETUNE_CACHE)/build.log 2>&1 & build=$$!; \
 	units=0; pytest tests --ignore tests/cluster -m "not cluster" || units=$$?; \
 	echo "waiting for the cluster's programs and images (log: $(FINETUNE_CACHE)/build.log)"; \
 	wait $$build || { tail -50 $(FINETUNE_CACHE)/build.log; exit 1; }; \
 	exit $$units
-	pytest $(CLUSTER_TESTS) -m cluster
+	pytest $(CLUSTER_TESTS) -m "cluster and not long"
 
 test-fast: venv ## Only what needs neither cluster nor torchrun
 	pytest tests/api tests/operator tests/agent -m "not cluster and not slow" -q
 
-test-cluster: venv ## Only what runs on the real cluster
+test-cluster: venv ## Only what runs on the real cluster, all of it
 	pytest $(CLUSTER_TESTS) -m cluster
 
 check: venv ## Style, types, import contracts, generated files: before every commit

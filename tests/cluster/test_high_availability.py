@@ -156,6 +156,7 @@ def test_a_leader_without_an_api_server_ends_and_another_leads(operator: Cluster
     assert restarts(find(operator, old)) == before + 1, "and was not started again and again meanwhile"
 
 
+@pytest.mark.long
 def test_an_api_server_that_is_away_for_longer_than_the_lease_disturbs_no_training(operator: Cluster, job: Job) -> None:
     operator.stop_apiserver()
     time.sleep(2 * LEASE_SECONDS)
@@ -173,6 +174,7 @@ def test_a_rolling_restart_disturbs_no_training(operator: Cluster, job: Job) -> 
     assert not old & {pod["metadata"]["name"] for pod in replicas(operator)}
 
 
+@pytest.mark.long
 def test_an_upgrade_and_the_way_back_disturb_no_training(operator: Cluster, job: Job) -> None:
     """Other settings, of the lease too: for a while one of each kind runs."""
     image = job.pods()[0]["spec"]["initContainers"][0]["image"]

@@ -158,6 +158,7 @@ def test_a_pod_stuck_on_a_dead_node_keeps_no_job_from_being_suspended(three_node
     job.delete()
 
 
+@pytest.mark.long
 def test_a_node_whose_kubelet_is_gone_costs_nothing_while_its_pod_is_heard(
     three_nodes: Cluster, namespace: str
 ) -> None:
@@ -238,6 +239,7 @@ def steady(operator: Cluster, namespace: str) -> Iterator[Job]:
     job.delete()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("away", [the_operator_away, the_api_server_away, the_operator_deaf])
 def test_training_goes_on_and_nothing_is_restarted_when_it_is_over(
     operator: Cluster, steady: Job, away: Callable[[Cluster], Any]
