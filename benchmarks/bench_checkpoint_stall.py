@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,17 +63,21 @@ def main() -> None:
     parser.add_argument("--millions", type=int, nargs="+", default=[20, 100, 500])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        server = stack.enter_context(running_seaweedfs(folder / "s3"))
-        os.environ.update(server.environment)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-        bucket = server.create_bucket("bench")
-        rows = [_measure(millions, options.rounds, bucket, server.endpoint) for millions in options.millions]
+    with one_rank_and_a_store() as (bucket, endpoint):
+        rows = [_measure(millions, options.rounds, bucket, endpoint) for millions in options.millions]
     table = _table(rows)
     sys.stdout.write(table)
     RESULT.write_text(table)
+
+
+@contextlib.contextmanager
+def one_rank_and_a_store() -> Iterator[tuple[str, str]]:
+    """Make this process a rank of one beside a real S3 server; yield a bucket's URI and the server's endpoint."""
+    with tempfile.TemporaryDirectory() as name, running_seaweedfs(Path(name, "s3")) as server:
+        os.environ.update(server.environment)
+        dist.init_process_group("gloo", init_method=f"file://{name}/group", rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        yield server.create_bucket("bench"), server.endpoint
 
 
 def _measure(millions: int, rounds: int, bucket: str, endpoint: str) -> tuple[int, list[Round], int]:
@@ -111,9 +115,9 @@ def new_engine(numbers: int, *, stage: int) -> Any:
 
 
 def _round(checkpoints: Checkpoints, step: int) -> Round:
-    waited = _timed(lambda: checkpoints.save(Position(step, step)))
-    steps = max(20, int(STEPS_MARGIN * waited / _timed(_step)))
-    alone = _timed(lambda: _steps(steps))
+    waited = timed(lambda: checkpoints.save(Position(step, step)))
+    steps = max(20, int(STEPS_MARGIN * waited / timed(_step)))
+    alone = timed(lambda: _steps(steps))
     stalls: list[float] = []
     ended: list[Any] = []
 
@@ -121,7 +125,7 @@ def _round(checkpoints: Checkpoints, step: int) -> Round:
         stalls.append(checkpoints.begin_save(Position(step + 1, step + 1)))
         _steps(steps, lambda: ended.extend(checkpoints.ended()))
 
-    with_one_beside = _timed(beside)
+    with_one_beside = timed(beside)
     ended.extend(checkpoints.wait())
     assert ended[0].error is None, ended
 
@@ -129,7 +133,7 @@ def _round(checkpoints: Checkpoints, step: int) -> Round:
         checkpoints.save(Position(step + 2, step + 2))
         _steps(steps)
 
-    return Round(stalls[0], with_one_beside - alone, _timed(waiting) - alone, ended[0].seconds)
+    return Round(stalls[0], with_one_beside - alone, timed(waiting) - alone, ended[0].seconds)
 
 
 def _steps(count: int, between: Callable[[], object] = lambda: None) -> None:
@@ -145,7 +149,8 @@ def _step() -> None:
     torch.mm(_MATRIX, _MATRIX)
 
 
-def _timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that work takes."""
     started = time.monotonic()
     work()
     return time.monotonic() - started

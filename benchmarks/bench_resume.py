@@ -10,25 +10,22 @@ timed) and an upload of its files with boto3's defaults; a download of them and 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import shutil
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_checkpoint_stall import new_engine  # first: it sets the environment and the path that the others need
+from bench_checkpoint_stall import (  # first: it sets the environment and the path that the others need
+    new_engine,
+    one_rank_and_a_store,
+    timed,
+)
 
 import boto3  # isort: skip
-import deepspeed  # isort: skip
-import torch.distributed as dist  # isort: skip
-from tests.storage.seaweedfs import running_seaweedfs  # isort: skip
 
 from finetune_api.protocol import ResumeSource  # isort: skip
 from finetune_trainer.checkpoint.checkpoints import Checkpoints  # isort: skip
@@ -56,16 +53,8 @@ def main() -> None:
     parser.add_argument("--millions", type=int, nargs="+", default=[20, 100])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        server = stack.enter_context(running_seaweedfs(folder / "s3"))
-        os.environ.update(server.environment)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-        bucket = server.create_bucket("bench")
-        rows = [
-            (millions, _measure(millions, options.rounds, bucket, server.endpoint)) for millions in options.millions
-        ]
+    with one_rank_and_a_store() as (bucket, endpoint):
+        rows = [(millions, _measure(millions, options.rounds, bucket, endpoint)) for millions in options.millions]
     table = _table(rows)
     sys.stdout.write(table)
     RESULT.write_text(table)
@@ -83,10 +72,10 @@ def _measure(millions: int, rounds: int, bucket: str, endpoint: str) -> list[Rou
     ours.resume()
     return [
         Round(
-            our_save=_timed(partial(ours.save, step)),
-            their_save=_timed(theirs.save),
-            our_resume=_timed(ours.resume),
-            their_resume=_timed(theirs.resume),
+            our_save=timed(partial(ours.save, step)),
+            their_save=timed(theirs.save),
+            our_resume=timed(ours.resume),
+            their_resume=timed(theirs.resume),
         )
         for step in range(2, rounds + 2)
     ]
@@ -146,12 +135,6 @@ class _Theirs:
             assert loaded is not None
         finally:
             shutil.rmtree(folder)
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.monotonic()
-    work()
-    return time.monotonic() - started
 
 
 def _table(rows: list[tuple[int, list[Round]]]) -> str:

@@ -10,26 +10,17 @@ import os
 import select
 import subprocess
 import sys
-from typing import Callable, Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple
 
 from finetune_agent.environment import rank_environment
-from finetune_agent.launcher import Launch, LauncherEnd, Running, check
+from finetune_agent.launcher import ColdLauncher, Launch, LauncherEnd, Running, check
 from finetune_agent.worker import END_PIPE, WELL
 
 TRAINER = ["-u", "-m", "finetune_trainer"]
 
 
-class DirectLauncher:
+class DirectLauncher(ColdLauncher):
     """A process of its own for each worker."""
-
-    is_ready = True
-    spared = ()
-
-    def __init__(self, agent_file: str) -> None:
-        self._agent_file = agent_file
-
-    def prepare(self, changed: Callable[[], None]) -> None:
-        """See Launcher."""
 
     def start(self, launch: Launch) -> Running:
         """See Launcher."""

@@ -76,8 +76,8 @@ class Launcher(Protocol):
         """
 
 
-class TorchrunLauncher:
-    """``torch.distributed.run`` with static membership, under our wrapper, with a parent of ours for each worker."""
+class ColdLauncher:
+    """What launchers have in common that prepare nothing: every start is one of fresh processes of ``agent_file``."""
 
     is_ready = True
     spared = ()
@@ -87,6 +87,10 @@ class TorchrunLauncher:
 
     def prepare(self, changed: Callable[[], None]) -> None:
         """See Launcher."""
+
+
+class TorchrunLauncher(ColdLauncher):
+    """``torch.distributed.run`` with static membership, under our wrapper, with a parent of ours for each worker."""
 
     def start(self, launch: Launch) -> Running:
         """See Launcher."""
@@ -114,11 +118,8 @@ class TorchrunLauncher:
             "log_dir": launch.folder,  # for error files only: output does not go to files
         }
         worker = [sys.executable, "-I", "-S", self._agent_file, "worker"]
-        return ["--" + name + "=" + str(value) for name, value in options.items()] + [
-            "--no_python",
-            *worker,
-            *launch.command,
-        ]
+        arguments = ["--" + name + "=" + str(value) for name, value in options.items()]
+        return [*arguments, "--no_python", *worker, *launch.command]
 
 
 class RunningTorchrun:

@@ -304,9 +304,11 @@ def main(arguments: List[str]) -> int:
     except ValueError as error:
         say("this pod is not one of an operator's: " + str(error))
         return BUG
-    launcher: Launcher = WarmLauncher(settings.agent_file, settings.folder, stub_pid)
+    launcher: Launcher
     if settings.job.command:
         launcher = TorchrunLauncher(settings.agent_file)
+    else:
+        launcher = WarmLauncher(settings.agent_file, settings.folder, stub_pid)
     verdict = Loop(settings, stub_pid=stub_pid, previous_end=arguments[1], launcher=launcher).run()
     sys.stdout.flush()
     os._exit(verdict)  # daemon threads have nothing to lose

@@ -1,9 +1,9 @@
 """PID 1: reaps orphans and keeps an agent process running, so that the agent's death is not the container's.
 
 It holds no state and does nothing that can fail, for its own death is the pod's. When the agent dies, whatever runs
-below dies too, but for the fork server, which the next agent takes over, and a new agent starts: at once the first time,
-then ever slower. The agent ends for good only with a
-verdict (see ``VERDICTS``), after the order to finish or SIGTERM; any other end is a death.
+below dies too, but for the fork server, which the next agent takes over, and a new agent starts: at once the first
+time, then ever slower. The agent ends for good only with a verdict (see ``VERDICTS``), after the order to finish or
+SIGTERM; any other end is a death.
 """
 
 import os

@@ -51,9 +51,8 @@ class Reconciler:
         self._api, self._cache, self._reports, self._settings = api, cache, reports, settings
         self._ca_certificates, self._on_status, self._clock = ca_certificates, on_status, clock
         self._status = StatusWriter(api, progress_seconds=settings.progress_seconds)
-        self._furnished: dict[
-            str, int
-        ] = {}  # by job uid: the spec whose ConfigMap and NetworkPolicy this process has applied
+        # By job uid: the spec whose ConfigMap and NetworkPolicy this process has applied.
+        self._furnished: dict[str, int] = {}
         self._obstacles: dict[str, Problem] = {}
 
     async def reconcile(self, key: JobKey) -> float | None:

@@ -32,6 +32,15 @@ async def start(pod: Pod, **environment: str) -> None:
     await pod.server.until(lambda: pod.report)
 
 
+async def ordered_while_importing(pod: Pod) -> Pod:
+    """Start a pod whose fork server imports until told to go on, and order the first generation."""
+    (pod.folder / "load").write_text(WAITS_FOR_GO)
+    await start(pod)
+    pod.script(0, *SLEEP)
+    await pod.run(1)
+    return pod
+
+
 async def run(pod: Pod, generation: int, **order: int) -> int:
     """Run a generation until the worker of the pod's first rank is ready; return its pid."""
     await pod.run(generation, **order)
@@ -279,11 +288,7 @@ async def test_an_image_without_the_warm_trainer_is_told_once(server, make_pod):
 
 
 async def test_a_generation_ordered_during_the_import_waits_for_it(server, make_pod):
-    pod = make_pod()
-    (pod.folder / "load").write_text(WAITS_FOR_GO)
-    await start(pod)
-    pod.script(0, *SLEEP)
-    await pod.run(1)
+    pod = await ordered_while_importing(make_pod())
     await server.until(lambda: pod.report.state is AgentState.RUNNING)
     (pod.folder / "go").touch()
     await pod.pid_of(0, 1)
@@ -292,11 +297,7 @@ async def test_a_generation_ordered_during_the_import_waits_for_it(server, make_
 
 
 async def test_a_generation_that_waits_for_the_import_can_be_replaced_and_never_runs(server, make_pod):
-    pod = make_pod()
-    (pod.folder / "load").write_text(WAITS_FOR_GO)
-    await start(pod)
-    pod.script(0, *SLEEP)
-    await pod.run(1)
+    pod = await ordered_while_importing(make_pod())
     await server.until(lambda: pod.report.generation == 1)
     importing = await fork_server(pod)
     await pod.run(2)
@@ -308,11 +309,7 @@ async def test_a_generation_that_waits_for_the_import_can_be_replaced_and_never_
 
 
 async def test_a_fork_server_that_dies_during_the_import_keeps_nobody_waiting(server, make_pod):
-    pod = make_pod()
-    (pod.folder / "load").write_text(WAITS_FOR_GO)
-    await start(pod)
-    pod.script(0, *SLEEP)
-    await pod.run(1)
+    pod = await ordered_while_importing(make_pod())
     await server.until(lambda: pod.report.generation == 1)
     os.kill(await fork_server(pod), signal.SIGKILL)
     await pod.pid_of(0, 1)
@@ -321,10 +318,7 @@ async def test_a_fork_server_that_dies_during_the_import_keeps_nobody_waiting(se
 
 
 async def test_sigterm_during_the_import_ends_the_container(server, make_pod):
-    pod = make_pod()
-    (pod.folder / "load").write_text(WAITS_FOR_GO)
-    await start(pod)
-    await pod.run(1)
+    pod = await ordered_while_importing(make_pod())
     await server.until(lambda: pod.report.generation == 1)
     pod.process.terminate()
     assert await pod.wait() == 143

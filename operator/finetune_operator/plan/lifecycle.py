@@ -73,10 +73,8 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
         return _plan_failure(observed, status, gang, failure)
     silence = silence_ends_in(observed, gang, list(observed.pods))
     look_again = _soonest(look_again, silence, _deadline_seconds(observed))
-    if is_taking_stock(observed, gang):
-        return Plan(
-            status, look_again_seconds=look_again
-        )  # what was known before stands until everybody could be heard
+    if is_taking_stock(observed, gang):  # what was known before stands until everybody could be heard
+        return Plan(status, look_again_seconds=look_again)
     gang = _with_suspects(observed, gang, None)
     ready = sum(state in (AgentState.RUNNING, AgentState.SUCCEEDED) for state in states)
     gang = gang.model_copy(update={"ready": ready, "spares": standing_by(observed, gang)})
