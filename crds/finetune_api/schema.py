@@ -110,8 +110,15 @@ def matching(pattern: str, message: str, *, max_length: int, min_length: int = 1
 _POSITIVE = r"(?:[0-9]*[1-9][0-9]*(?:\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)"
 
 
+_LONGEST_INTEGER = 2**63 - 1  # the API server reads a longer one as a number with a fraction
+
+
 def _quantity_as_text(value: object) -> object:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if value > _LONGEST_INTEGER:
+        raise ValueError(f"integers are at most {_LONGEST_INTEGER}")
+    return str(value)
 
 
 def quantity(suffix: str, message: str, *, between: tuple[str, str] | None = None) -> Any:

@@ -179,6 +179,13 @@ WRONG: tuple[Wrong, ...] = (
     Wrong("a negative number of GPUs", {"spec.workers.resources.gpus": -1}, "spec.workers.resources.gpus", ("greater than or equal to 0",)),
     Wrong("a negative number of spares", {"spec.workers.spares": -1}, "spec.workers.spares", ("greater than or equal to 0",)),
     Wrong("a profile that is no name", {"spec.workers.profile": "Big GPUs"}, "spec.workers.profile", OBJECT_NAME),
+    Wrong(
+        "an integer that no API server reads as one",
+        {"spec.workers.resources.cpu": 2**63},
+        "spec.workers.resources.cpu",
+        ("must be of type integer",),
+        ("at most 9223372036854775807",),
+    ),
     cores("a negative number of cores", -1),
     cores("no cores", "0"),
     cores("cores in bytes", "1Gi"),

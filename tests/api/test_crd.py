@@ -84,6 +84,7 @@ def test_the_api_server_fills_in_the_defaults(api: ApiServer) -> None:
                 "schedule": {"name": "Linear"},
                 "maxGradientNorm": 1,
                 "seed": 42,
+                "onLossSpike": "RollBack",
                 "gradientCheckpointing": False,
             },
             "zero": {"stage": 2, "offload": {"optimizer": "None", "parameters": "None"}},

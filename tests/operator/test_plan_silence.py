@@ -68,6 +68,15 @@ def test_a_node_that_is_not_ready_counts_although_the_peers_go_on() -> None:
     assert story.attempts == ["NodeLost"]
 
 
+def test_a_node_that_is_not_ready_counts_later_while_no_agent_is_heard() -> None:
+    story = training()
+    story.change(1, node_lost=True)
+    story.passes(29, others=False)
+    assert (story.generation, story.attempts) == (1, [])
+    story.passes(1, others=False)
+    assert (story.generation, story.attempts) == (2, ["NodeLost"])
+
+
 def test_all_pods_of_a_node_are_lost_at_once() -> None:
     story = training(4)
     for rank in (2, 3):

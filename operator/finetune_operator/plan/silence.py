@@ -1,7 +1,8 @@
 """Agents that are not heard any more: which of them are lost, and when the truth is that nobody knows.
 
-An agent says something every 10 s, a report or a question. One that does not is lost when its node is not ready, or when it has been silent
-for ``silent_seconds`` and nothing else explains that:
+An agent says something every 10 s, a report or a question. One that does not is lost when its node is not ready (of which a control plane
+that was away may speak too soon: so that counts later while nobody is heard), or when it has been silent for ``silent_seconds`` and nothing
+else explains that:
 
 - This process listens. An agent's silence begins when it was heard last, or when this process began to hear agents at all, whichever is
   later. So a new operator, a new leader and one whose network was away give every agent its full time again.
@@ -28,7 +29,7 @@ def find_loss(observed: Observation, gang: Gang, pod: PodView) -> Problem | None
     if not pod.usable:
         return None
     silent = silent_seconds(observed, pod.uid)
-    if pod.node_lost and not observed.most_nodes_lost and silent >= LATE_SECONDS:
+    if pod.node_lost and not observed.most_nodes_lost and silent >= _patience(observed, pod):
         return Problem(NODE_LOST, f"node {pod.node} is not ready, and the agent of pod {pod.name} on it is silent")
     if silent < observed.silent_seconds or not _was_ever_heard(observed, gang, pod):
         return None
@@ -80,8 +81,7 @@ def silence_ends_in(observed: Observation, gang: Gang, pods: list[PodView]) -> f
     left = []
     for pod in pods:
         if pod.usable and (pod.node_lost or _was_ever_heard(observed, gang, pod)):
-            limit = LATE_SECONDS if pod.node_lost else observed.silent_seconds
-            remaining = limit - silent_seconds(observed, pod.uid)
+            remaining = _patience(observed, pod) - silent_seconds(observed, pod.uid)
             left.append(remaining if remaining > 0 else GATED_SECONDS)
     return min(left, default=None)
 
@@ -97,7 +97,12 @@ def silent_seconds(observed: Observation, pod_uid: str) -> float:
 
 def is_deaf(observed: Observation) -> bool:
     """Tell whether this process has not heard any agent lately."""
-    return observed.hearing is not None and (observed.now - observed.hearing.at).total_seconds() > LATE_SECONDS
+    return observed.hearing is not None and (observed.now - observed.hearing.at).total_seconds() >= LATE_SECONDS
+
+
+def _patience(observed: Observation, pod: PodView) -> float:
+    """Return for how many seconds an agent may be silent: less where its node explains it, unless all are silent."""
+    return LATE_SECONDS if pod.node_lost and not is_deaf(observed) else observed.silent_seconds
 
 
 def _was_ever_heard(observed: Observation, gang: Gang, pod: PodView) -> bool:
