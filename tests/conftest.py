@@ -10,8 +10,13 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.cluster import Cluster
+
+# How long an example takes is the machine's, not the code's.
+settings.register_profile("no timing assertions", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no timing assertions")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,17 @@ from tests.cluster.places import PROJECT, RUN, SOCKETS
 from tests.cluster.process import ControlGroup
 
 _SERVE = "import http.server; http.server.test(http.server.SimpleHTTPRequestHandler, port=8000)"
-_FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).status)"
+# A pod is ready before each node's kube-proxy has heard of it: a Service answers soon, not at once.
+_FETCH = """
+import sys, time, urllib.error, urllib.request
+for left in reversed(range(30)):
+    try:
+        print(urllib.request.urlopen(sys.argv[1], timeout=5).status)
+        break
+    except urllib.error.URLError:
+        if not left: raise
+        time.sleep(1)
+"""
 _RESOLVE = "import socket; print(socket.gethostbyname('kubernetes.default'))"
 
 

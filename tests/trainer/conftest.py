@@ -11,16 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from hypothesis import settings
 
 from tests.storage.seaweedfs import S3Server, running_seaweedfs
 from tests.trainer.cases import cases_of_one_rank, cases_of_three_ranks, cases_of_two_ranks
 from tests.trainer.launch import Case, Launcher, train_all
 from tests.trainer.sentences import counting_texts, poisoned, rated_sentences, spiked, write_jsonl
 from tests.trainer.tiny_models import save_bert, save_llama
-
-settings.register_profile("no timing assertions", deadline=None)
-settings.load_profile("no timing assertions")
 
 
 @pytest.fixture(scope="session")
