@@ -320,7 +320,7 @@ class Agent:
             self._end(AgentState.FAILED)
 
     def _on_worker_started(self, event: WorkerStarted) -> None:
-        if self._is_news(event.generation):
+        if self._is_news(event.generation) and event.rank in self._ranks:
             self._pids[event.rank] = event.pid
             if self._stopping:
                 self._effects.append(Ask([event.pid]))

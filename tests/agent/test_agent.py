@@ -117,6 +117,7 @@ def drive(machine: Agent, events, now: float = 0.0) -> list:
         pytest.param([*BEGIN, NotStarted("port", 74)], AgentState.FAILED, ["Start 1", "Kill"], id="what cannot be started has failed"),
         pytest.param([*BOTH_RUN, ended(0, 1, generation=0)], AgentState.RUNNING, ["Start 1"], id="an end of another generation is not this one's"),
         pytest.param([*BOTH_RUN, ended(7, 1)], AgentState.RUNNING, ["Start 1"], id="nor is another rank's"),
+        pytest.param([*BEGIN, WorkerStarted(1, 7, 107), 0.05, Tick(), Terminate()], AgentState.RUNNING, ["Start 1", "Kill"], id="nor is another rank's start"),
         pytest.param([*BOTH_RUN, order(STOP, 1, grace_seconds=9)], AgentState.RUNNING, ["Start 1", "Ask [100, 101]"], id="stop asks the workers"),
         pytest.param([*BOTH_RUN, order(STOP, 1, grace_seconds=9), 8.9, Tick()], AgentState.RUNNING, ["Start 1", "Ask [100, 101]"], id="and waits"),
         pytest.param([*BOTH_RUN, order(STOP, 1, grace_seconds=9), 9, Tick(), Gone()], AgentState.STOPPED, ["Start 1", "Ask [100, 101]", "Kill"], id="but not for ever"),
