@@ -22,6 +22,7 @@ from finetune_api.status import Attempt, Gang, JobStatus, RestartReason, Restart
 from finetune_operator.plan.checkpoints import last_step
 from finetune_operator.plan.failure import Failure
 from finetune_operator.plan.observation import Observation, Problem, instant, timestamp
+from finetune_operator.plan.resizing import RESIZED
 from finetune_operator.render.names import job_prefix
 
 ATTEMPTS_KEPT = 10
@@ -32,7 +33,7 @@ FIRST_HOLD_SECONDS = 15.0
 GIVEN_BACK = frozenset({"PendingDeadlineExceeded", "GaveWay"})  # held without pods, for others need their places
 HELD = frozenset({"NoPermission", "StorageUnavailable"}) | GIVEN_BACK
 NEEDS_SOMEBODY = frozenset({"NoPermission"})  # the store comes back by itself, a permission does not
-NOBODYS_FAULT = frozenset({"Preempted", "PortInUse"}) | HELD  # no restart at all: neither used nor counted
+NOBODYS_FAULT = frozenset({"Preempted", "PortInUse", RESIZED}) | HELD  # no restart at all: neither used nor counted
 COUNTED_ONLY = frozenset({"RolledBack"})
 TIMES_AT_ONE_STEP = {"WorkerFailed": 3, "OutOfMemory": 2}
 REASONS_KEPT = 32
@@ -216,7 +217,7 @@ def backoff_seconds(observed: Observation, status: JobStatus, gang: Gang) -> flo
         return max(0.0, (hold.retry_at - observed.now).total_seconds())
     quick = 0
     for attempt in reversed(status.attempts):
-        if _lasted(attempt) >= QUICK_FAILURE_SECONDS:
+        if _lasted(attempt) >= QUICK_FAILURE_SECONDS or attempt.reason == RESIZED:
             break
         quick += 1
     if quick < 2:
