@@ -17,6 +17,15 @@ if os.environ["RANK"] == "1" and os.environ["FINETUNE_GENERATION"] == "1":
     raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
 """
 
+# Tells of a step, and then wants more memory than there is.
+ONE_STEP_THEN_TOO_MUCH = """
+import json, os, socket, time
+beat = {"kind": "heartbeat", "rank": 0, "generation": int(os.environ["FINETUNE_GENERATION"]), "heartbeat": {"phase": "Training", "step": 1}}
+socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(json.dumps(beat).encode(), os.environ["FINETUNE_PROGRESS_SOCKET"])
+time.sleep(2)
+memory = b"x" * (3 << 30)
+"""
+
 # Holds the worker up for most of the time, for so many seconds: a slow device, as far as the gang can tell.
 SLOW_DOWN = """
 import os, pathlib, signal, sys, time
@@ -34,7 +43,7 @@ def delayed(job: Job) -> tuple[str, str]:
 
 
 def test_a_store_that_is_away_delays_checkpoints_and_stops_no_training(operator: Cluster, namespace: str) -> None:
-    spec = recipe_spec(operator, steps=4000)
+    spec = recipe_spec(operator, steps=2500)
     spec["checkpoint"] = {"interval": {"steps": 50}}
     job = submit(operator, namespace, "storeless", spec)
     before = job.wait("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 50)
@@ -48,7 +57,7 @@ def test_a_store_that_is_away_delays_checkpoints_and_stops_no_training(operator:
     job.wait("nothing is delayed", lambda _: delayed(job)[0] == "False")
     done = job.wait_for_phase("Succeeded", 400)
     assert (done["gang"]["generation"], "restarts" in done, "attempts" in done) == (1, False, False)
-    assert done["checkpoint"]["step"] == 4000
+    assert done["checkpoint"]["step"] == 2500
     job.delete()
 
 
@@ -86,15 +95,12 @@ def test_a_node_that_is_drained_costs_no_step(operator: Cluster, namespace: str)
 
 
 def test_memory_that_never_suffices_ends_the_job_and_says_how_much_there_was(operator: Cluster, namespace: str) -> None:
-    spec = recipe_spec(operator, nodes=1)
-    spec["workers"]["resources"] = {"cpu": "1", "memory": "128Mi"}
-    spec["checkpoint"]["stagingMemory"] = "64Mi"
-    job = submit(operator, namespace, "starved", spec)
-    done = job.wait_for_phase("Failed", 240)
+    job = submit(operator, namespace, "starved", script_spec(operator, ONE_STEP_THEN_TOO_MUCH, nodes=1))
+    done = job.wait_for_phase("Failed")
     failed = job.condition("Failed")
-    assert (failed["reason"], "128Mi" in failed["message"] or "MiB" in failed["message"]) == ("OutOfMemory", True), (
-        failed
-    )
+    assert failed["reason"] == "OutOfMemory"
+    assert "2 times in a row without getting beyond step 1" in failed["message"]
+    assert "2.00 GiB" in failed["message"], failed
     assert [attempt["reason"] for attempt in done["attempts"]] == ["OutOfMemory"] * 2
     job.delete()
 
