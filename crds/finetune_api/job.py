@@ -183,6 +183,17 @@ def _unchanged(name: str) -> Rule:
     )
 
 
+_SHAPE = Rule(
+    # Pods are made in one shape, and all of a gang's in the same.
+    cel="oldSelf.suspend || self.suspend || (self.workers.resources == oldSelf.workers.resources"
+    " && self.workers.profile == oldSelf.workers.profile"
+    " && has(self.workers.processesPerNode) == has(oldSelf.workers.processesPerNode)"
+    " && (!has(self.workers.processesPerNode) || self.workers.processesPerNode == oldSelf.workers.processesPerNode))",
+    message="resources, profile and processesPerNode are what pods are made with: set suspend to true first, or with the same change",
+    field="workers",
+)
+
+
 def _keeps_a_metric_that_is_measured(spec: "FineTuneJobSpec") -> bool:
     evaluation = spec.recipe.evaluation if spec.recipe else None
     metrics = evaluation.metrics if evaluation else []
@@ -245,6 +256,7 @@ class FineTuneJobSpec(ApiModel):
         _unchanged("recipe"),
         _unchanged("script"),
         _unchanged("storage"),
+        _SHAPE,
     )
 
 

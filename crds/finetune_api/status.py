@@ -97,6 +97,8 @@ class Gang(StatusModel):
     """When its number was minted."""
     start_time: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
     """When its members were committed."""
+    stop_time: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """When they were told to save and stop, because spec asks for another size."""
     master_address: str | None = Field(default=None, max_length=64)
     """Where its ranks meet."""
     master_port: int | None = None

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from finetune_api.job import parse_job
 from tests.api import strategies
 from tests.api.api_server import ApiServer, Json, Refused
-from tests.api.manifests import minimal_job, recipe_job, script_job
+from tests.api.manifests import changed, minimal_job, recipe_job, script_job
 from tests.api.refusals import WRONG, Wrong
 
 E = TypeVar("E", bound=Exception)
@@ -79,6 +79,7 @@ class Change:
 
 
 NEW_JOB = "cannot be changed after the job is created; create a new job"
+SUSPEND_FIRST = "set suspend to true first"
 TRAINING = recipe_job()["spec"]["recipe"]["training"]
 # fmt: off
 CHANGES = (
@@ -101,7 +102,13 @@ CHANGES = (
     Change("steps beside seconds", {"checkpoint": {"interval": {"seconds": 60}}}, "spec.checkpoint.interval", "exactly one of"),
     Change("resumed", {"suspend": False}),
     Change("more nodes", {"workers": {"nodes": 4}}),
-    Change("more memory", {"workers": {"resources": {"memory": "6Gi"}}}),
+    Change("more memory while suspended", {"workers": {"resources": {"memory": "6Gi"}}}),
+    Change("more memory when it is resumed", {"suspend": False, "workers": {"resources": {"memory": "6Gi"}}}),
+    Change("more memory when it is suspended", {"suspend": True, "workers": {"resources": {"memory": "6Gi"}}}, job="running"),
+    Change("more nodes and spares while it runs", {"workers": {"nodes": 4, "spares": 1}}, job="running"),
+    Change("more memory while it runs", {"workers": {"resources": {"memory": "6Gi"}}}, "spec.workers", SUSPEND_FIRST, "running"),
+    Change("another profile while it runs", {"workers": {"profile": "large"}}, "spec.workers", SUSPEND_FIRST, "running"),
+    Change("more processes while it runs", {"workers": {"processesPerNode": 2}}, "spec.workers", SUSPEND_FIRST, "running"),
     Change("another checkpoint interval", {"checkpoint": {"interval": {"steps": None, "seconds": 60}}}),
     Change("another metric to keep the best by", {"checkpoint": {"keepBest": "MacroF1"}}),
     Change("a metric to keep the best by that is not measured", {"checkpoint": {"keepBest": "Perplexity"}}, "spec.checkpoint.keepBest", "one of recipe.evaluation.metrics"),
@@ -115,7 +122,12 @@ CHANGES = (
 
 @pytest.fixture(scope="module")
 def stored(api: ApiServer) -> Iterator[dict[str, Json]]:
-    jobs = {"recipe": api.create(recipe_job("stored-recipe")), "script": api.create(script_job("stored-script"))}
+    running = changed(script_job("stored-running"), {"spec.suspend": False, "spec.workers": {"profile": "nobodys"}})
+    jobs = {
+        "recipe": api.create(recipe_job("stored-recipe")),
+        "script": api.create(script_job("stored-script")),
+        "running": api.create(running),
+    }
     yield jobs
     for job in jobs.values():
         api.delete(job)

@@ -311,6 +311,16 @@ class Cluster:
         identifier = found["containerID"].removeprefix("containerd://")
         self.node(document["spec"]["nodeName"]).ctr("tasks", "kill", "--signal", "SIGKILL", identifier)
 
+    @contextmanager
+    def without_store(self) -> Iterator[None]:
+        """While this lasts the S3 server takes connections and answers nothing."""
+        server = self.supervisor.find("s3")
+        server.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            server.signal(signal.SIGCONT)
+
     def stop_apiserver(self) -> None:
         """SIGKILL: an orderly end would wait for watches to go, and tests are about the disorderly one."""
         self.supervisor.find("kube-apiserver").end()

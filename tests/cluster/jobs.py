@@ -63,6 +63,13 @@ class Job:
         pods: list[dict[str, Any]] = json.loads(said)["items"]
         return sorted(pods, key=lambda pod: int(pod["metadata"]["labels"]["finetune.dev/rank"]))
 
+    def wait_for_pods_to_go(self, seconds: float) -> None:
+        """Wait until it has no pod any more, also when the job itself is gone."""
+        until = time.monotonic() + seconds
+        while self.pods():
+            assert time.monotonic() < until, f"{self.name}: pods are left: {self.pods()}"
+            time.sleep(POLL_SECONDS)
+
     def logs(self, pod: str) -> str:
         """Return what a pod's trainer has printed."""
         return self.cluster.kubectl("logs", "--namespace", self.namespace, pod, "--container", "trainer", check=False)

@@ -141,6 +141,25 @@ def test_suspend_saves_and_gives_the_pods_back_and_resume_goes_on(operator: Clus
     job.delete()
 
 
+def test_a_gang_is_made_smaller_and_larger_while_it_trains_and_loses_no_step(operator: Cluster, namespace: str) -> None:
+    job = submit(operator, namespace, "resized", recipe_spec(operator, steps=1600))
+    job.wait("some steps", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
+    first = job.pods()[0]["metadata"]["uid"]
+    for nodes, generation in ((1, 2), (2, 3)):
+        job.patch({"workers": {"nodes": nodes}})
+        status = job.wait(
+            f"{nodes} train",
+            lambda s, g=generation: s["gang"]["generation"] == g and s.get("resumed", {}).get("generation") == g,
+        )
+        assert [member["rank"] for member in status["gang"]["members"]] == list(range(nodes))
+        assert status["gang"]["members"][0]["uid"] == first, "in place"
+    done = job.wait_for_phase("Succeeded", 400)
+    assert [(attempt["reason"], attempt["lostSteps"]) for attempt in done["attempts"]] == [("Resized", 0)] * 2
+    assert "restarts" not in done
+    assert done["progress"]["step"] == 1600
+    job.delete()
+
+
 def _finish(job: Job) -> None:
     for pod in job.pods():
         job.run_in(pod["metadata"]["name"], "touch", "/scratch/done")

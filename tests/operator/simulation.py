@@ -90,6 +90,8 @@ class SimulatedAgent:
         if order.generation < self.obeyed:
             return False
         self.obeyed = order.generation
+        if order.action == Action.STOP and order.generation == self.started and self.state == AgentState.RUNNING:
+            self.state, self.exits = AgentState.STOPPED, [Exit(self.started, self.rank, ExitCode.SAVED)]
         if order.generation > self.started and self.state == AgentState.RUNNING:
             self.state = AgentState.STOPPED
         if order.action == Action.RUN and order.generation > self.started and not self.leaving:

@@ -609,6 +609,18 @@ def test_quick_failures_in_a_row_wait_longer_and_longer_and_a_long_run_ends_the_
     assert story.go().look_again_seconds is None
 
 
+def test_a_gang_that_gets_further_each_time_never_waits() -> None:
+    story = Story("recovery: {maxRestarts: 100}").trains()
+    waits = []
+    for step in (10, 20, 30, 30, 30):
+        story.report(0, heartbeat=Heartbeat(Phase.TRAINING, step))
+        story.worker_ends(0, ExitCode.STALE)
+        waits.append(story.go().look_again_seconds)
+        story.wait(waits[-1] or 0)
+        story.recovers()
+    assert waits == [None, None, None, None, 2.0], "the last but one was the first in vain"
+
+
 def test_the_wait_after_quick_failures_ends_at_five_minutes() -> None:
     story = Story("recovery: {maxRestarts: 100}").trains()
     longest = 0.0

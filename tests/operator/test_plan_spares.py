@@ -163,7 +163,7 @@ def test_spares_come_and_go_with_spec() -> None:
     story = with_spares(count=2)
     story.edit(workers=story.job.spec.workers.model_copy(update={"spares": 1}))
     plan = story.go()
-    assert ([pod.name for pod in plan.delete], story.job.status.gang.spares) == (["sentiment-aaaaa-3-1"], 2)
+    assert ([pod.name for pod in plan.delete], story.job.status.gang.spares) == (["sentiment-aaaaa-3-1"], 1)
     story.go()
     assert story.job.status.gang.spares == 1
     story.edit(workers=story.job.spec.workers.model_copy(update={"spares": 0}))

@@ -47,7 +47,8 @@ def with_conditions(observed: Observation, status: JobStatus, situation: Situati
     done, failed = phase == JobPhase.SUCCEEDED, phase == JobPhase.FAILED
     suspended = phase == JobPhase.SUSPENDED
     stalled = situation.stalled or failed
-    ready: bool | None = done or (suspended and not situation.under_way) or (phase == JobPhase.RUNNING and not stalled)
+    at_rest = phase in (JobPhase.SUSPENDED, JobPhase.RUNNING) and not (situation.under_way or stalled)
+    ready: bool | None = done or at_rest
     holds = {
         ConditionType.READY: None if situation.unknown else ready,
         ConditionType.RECONCILING: not (ready or stalled or situation.unknown),

@@ -59,8 +59,14 @@ def missing_pods(gang: Gang, chosen: Mapping[int, PodView]) -> tuple[NewPod, ...
 
 
 def surplus_pods(observed: Observation, gang: Gang, chosen: Mapping[int, PodView]) -> tuple[PodView, ...]:
-    """Return the fit pods that are neither chosen nor members nor among the spares that spec asks for."""
-    return tuple(idle_pods(observed, gang, chosen.values())[observed.job.spec.workers.spares :])
+    """Return the fit pods that are neither chosen nor members nor among those that stand behind the gang."""
+    return tuple(idle_pods(observed, gang, chosen.values())[wanted_behind(observed, gang) :])
+
+
+def wanted_behind(observed: Observation, gang: Gang) -> int:
+    """Return how many pods stand behind the gang: its spares, and those by which it is to grow."""
+    workers = observed.job.spec.workers
+    return workers.spares + max(0, workers.nodes - gang.nodes)
 
 
 def idle_pods(observed: Observation, gang: Gang, chosen: Iterable[PodView] = ()) -> list[PodView]:
@@ -99,7 +105,10 @@ def next_generation(observed: Observation, gang: Gang) -> Gang:
 
 def resized(observed: Observation, gang: Gang) -> Gang:
     """Return a gang without members in the size that spec asks for now, else one that cannot be placed could never be made smaller."""
+    return next_generation(observed, gang) if is_resized(observed, gang) else gang
+
+
+def is_resized(observed: Observation, gang: Gang) -> bool:
+    """Tell whether spec asks for another size than the gang's."""
     workers = observed.job.spec.workers
-    if (gang.nodes, gang.processes_per_node) == (workers.nodes, workers.local_processes):
-        return gang
-    return next_generation(observed, gang)
+    return (gang.nodes, gang.processes_per_node) != (workers.nodes, workers.local_processes)

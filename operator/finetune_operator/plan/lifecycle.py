@@ -31,6 +31,7 @@ from finetune_operator.plan.recovery import (
     with_attempt,
     with_restart,
 )
+from finetune_operator.plan.resizing import describe_resize, find_end, told_to_stop
 from finetune_operator.plan.silence import find_doubt, find_loss, is_taking_stock, silence_ends_in
 from finetune_operator.plan.spares import missing_spares, standing_by
 from finetune_operator.plan.suspects import with_suspects
@@ -66,7 +67,7 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     states = _states(observed, gang)
     if all(state == AgentState.SUCCEEDED for state in states):
         return _plan_end(observed, status, gang, Situation(JobPhase.SUCCEEDED, "Succeeded", _success_message(status)))
-    failure, look_again = find_cause(observed, gang)
+    failure, look_again = find_cause(observed, gang) if gang.stop_time is None else find_end(observed, gang)
     if failure is None and look_again is None:
         failure, look_again = find_hang(observed, gang)
     if failure is not None:
@@ -75,7 +76,7 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     look_again = _soonest(look_again, silence, _deadline_seconds(observed))
     if is_taking_stock(observed, gang):  # what was known before stands until everybody could be heard
         return Plan(status, look_again_seconds=look_again)
-    gang = _with_suspects(observed, gang, None)
+    gang = told_to_stop(observed, _with_suspects(observed, gang, None))
     ready = sum(state in (AgentState.RUNNING, AgentState.SUCCEEDED) for state in states)
     gang = gang.model_copy(update={"ready": ready, "spares": standing_by(observed, gang)})
     status = status.model_copy(update={"gang": gang})
@@ -276,6 +277,9 @@ def _running_situation(observed: Observation, gang: Gang, ready: int) -> Situati
     if doubt is not None:
         phase = observed.status.phase or JobPhase.RUNNING
         return Situation(phase, doubt.reason, doubt.message, unknown=True)
+    resize = describe_resize(observed, gang)
+    if resize is not None:
+        return Situation(JobPhase.RUNNING, "Resizing", resize, under_way=True)
     if ready == gang.nodes and _has_initialized(observed, gang):
         return Situation(JobPhase.RUNNING, "Running", f"generation {gang.generation} trains on {gang.nodes} nodes")
     message = f"generation {gang.generation}: {ready} of {gang.nodes} nodes have started"

@@ -2,6 +2,7 @@
 
 from finetune_api.job import FineTuneJob
 from finetune_api.protocol import Action, Order
+from finetune_operator.plan.leaving import SAVE_SECONDS
 from finetune_operator.plan.observation import is_final
 
 
@@ -16,6 +17,8 @@ def order_for(job: FineTuneJob, pod_uid: str) -> Order:
     member = next((member for member in gang.members if member.uid == pod_uid), None)
     if member is None or gang.master_address is None or gang.master_port is None:
         return Order(action=Action.WAIT, generation=gang.generation)
+    if gang.stop_time is not None:
+        return Order(action=Action.STOP, generation=gang.generation, grace_seconds=int(SAVE_SECONDS))
     return Order(
         action=Action.RUN,
         generation=gang.generation,

@@ -3,7 +3,7 @@
 Every reason has a budget of its own, ``recovery.maxRestarts`` in a window: a job that is moved off bad nodes all day must not run out of
 restarts for it just when a program fails. A checkpoint of a later step than the last failure's makes its budget whole: a job that gets
 further may fail as often as it likes. ``status.restarts.byReason`` holds all that is needed to know what is left, so a new operator process
-knows it too. Quick failures in a row wait 2, 4, 8 … seconds, whatever the reason. What nobody is to blame for is free. So is going back to
+knows it too. Failures in a row that come soon and without getting further wait 2, 4, 8 … seconds, whatever the reason. What nobody is to blame for is free. So is going back to
 before numbers that were not finite, which the trainer bounds itself; it is counted.
 
 Some failures come back wherever the gang starts from: a program's error three times in a row at the same step, memory twice. They end
@@ -17,11 +17,13 @@ never fails by itself. A gang that cannot be placed as a whole (see ``giving_way
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import pairwise, takewhile
 
 from finetune_api.status import Attempt, Gang, JobStatus, RestartReason, Restarts
 from finetune_operator.plan.checkpoints import last_step
 from finetune_operator.plan.failure import Failure
 from finetune_operator.plan.observation import Observation, Problem, instant, timestamp
+from finetune_operator.plan.resizing import RESIZED
 from finetune_operator.render.names import job_prefix
 
 ATTEMPTS_KEPT = 10
@@ -32,7 +34,7 @@ FIRST_HOLD_SECONDS = 15.0
 GIVEN_BACK = frozenset({"PendingDeadlineExceeded", "GaveWay"})  # held without pods, for others need their places
 HELD = frozenset({"NoPermission", "StorageUnavailable"}) | GIVEN_BACK
 NEEDS_SOMEBODY = frozenset({"NoPermission"})  # the store comes back by itself, a permission does not
-NOBODYS_FAULT = frozenset({"Preempted", "PortInUse"}) | HELD  # no restart at all: neither used nor counted
+NOBODYS_FAULT = frozenset({"Preempted", "PortInUse", RESIZED}) | HELD  # no restart at all: neither used nor counted
 COUNTED_ONLY = frozenset({"RolledBack"})
 TIMES_AT_ONE_STEP = {"WorkerFailed": 3, "OutOfMemory": 2}
 REASONS_KEPT = 32
@@ -210,19 +212,23 @@ def find_hold(status: JobStatus, gang: Gang) -> Hold | None:
 
 
 def backoff_seconds(observed: Observation, status: JobStatus, gang: Gang) -> float:
-    """Return how long the next incarnation still has to wait: 0 after the first quick failure, then 2, 4, 8 … seconds."""
+    """Return how long the next incarnation still has to wait: 0 after the first failure in vain, then 2, 4, 8 … seconds."""
     hold = find_hold(status, gang)
     if hold is not None:
         return max(0.0, (hold.retry_at - observed.now).total_seconds())
-    quick = 0
-    for attempt in reversed(status.attempts):
-        if _lasted(attempt) >= QUICK_FAILURE_SECONDS:
-            break
-        quick += 1
-    if quick < 2:
+    attempts = reversed(list(pairwise([None, *status.attempts])))
+    in_vain = sum(1 for _ in takewhile(lambda pair: _was_in_vain(*pair), attempts))
+    if in_vain < 2:
         return 0.0
-    wait = min(LAST_BACKOFF_SECONDS, 2.0 ** (quick - 1))
+    wait = min(LAST_BACKOFF_SECONDS, 2.0 ** (in_vain - 1))
     return max(0.0, wait - (observed.now - instant(status.attempts[-1].end_time)).total_seconds())
+
+
+def _was_in_vain(before: Attempt | None, attempt: Attempt | None) -> bool:
+    """Tell whether an attempt ended soon, without getting further than the one before it, and not because spec asked for it."""
+    assert attempt is not None
+    got_further = before is not None and _step(attempt) > _step(before)
+    return _lasted(attempt) < QUICK_FAILURE_SECONDS and not got_further and attempt.reason != RESIZED
 
 
 def _lasted(attempt: Attempt) -> float:

@@ -1,0 +1,140 @@
+"""A gang whose size is changed while it trains: a save, a generation in the new size, and nothing lost."""
+
+import pytest
+
+from finetune_api.contract import ExitCode
+from finetune_api.protocol import Action, AgentState, Exit, Order
+from tests.operator.documents import SCRIPT
+from tests.operator.story import Story
+
+
+def resize(story: Story, **workers: int) -> Story:
+    story.edit(workers=story.job.spec.workers.model_copy(update=workers))
+    return story
+
+
+def stops(story: Story) -> list[Order]:
+    return [story.order(member.rank) for member in story.job.status.gang.members]
+
+
+def test_a_gang_that_is_to_grow_trains_on_until_the_new_pods_are_there() -> None:
+    story = resize(Story().trains(), nodes=4)
+    plan = story.go()
+    assert [(place.rank, place.generation) for place in plan.create] == [(2, 1), (3, 1)]
+    story.pods_start(2)
+    for _ in range(3):
+        assert (story.go().create, story.order(0).action) == ((), Action.RUN)
+    assert (story.phase, story.holds, story.status["gang"].get("spares")) == ("Running", {"Reconciling"}, None)
+    assert story.say() == (
+        "Resizing: generation 1 trains on 2 nodes; workers.nodes is 4: "
+        "rank 3 of 4: pod sentiment-aaaaa-3-1 is being started on no node yet"
+    )
+    story.pods_start(3)
+    story.go()
+    assert stops(story) == [Order(action=Action.STOP, generation=1, grace_seconds=60)] * 2
+    assert story.say() == "Resizing: generation 1 saves, to be regrouped: workers.nodes is 4"
+
+
+def test_when_all_have_saved_the_next_generation_starts_at_once_in_the_new_size() -> None:
+    story = resize(Story().trains(), nodes=3)
+    story.go()
+    story.pods_start(2)
+    story.go()
+    story.worker_saves(0, asked=True)
+    story.go()
+    assert story.generation == 1, "the other is still saving"
+    story.worker_saves(1, asked=True)
+    plan = story.go()
+    assert (story.generation, len(story.job.status.gang.members), plan.create, plan.delete) == (2, 3, (), ())
+    assert [story.order(rank).nodes for rank in range(3)] == [3, 3, 3]
+    (attempt,) = story.job.status.attempts
+    assert (attempt.reason, attempt.message) == ("Resized", "regrouped: workers.nodes was 2 and is 3")
+    assert (story.restarts, story.job.status.gang.stop_time) == (0, None)
+    story.workers_train()
+    story.go()
+    assert (story.say(), story.holds) == ("Running: generation 2 trains on 3 nodes", {"Ready"})
+
+
+def test_a_smaller_gang_is_regrouped_at_once_and_gives_back_what_it_does_not_need() -> None:
+    story = resize(Story(nodes=3).trains(), nodes=1)
+    assert story.go().delete == ()
+    assert [order.action for order in stops(story)] == [Action.STOP] * 3
+    for rank in range(3):
+        story.worker_saves(rank, asked=True)
+    plan = story.go()
+    assert (story.generation, story.order(0).nodes) == (2, 1)
+    assert [pod.rank for pod in plan.delete] == [1, 2]
+
+
+def test_a_size_that_is_taken_back_before_the_pods_are_there_costs_nothing() -> None:
+    story = resize(Story().trains(), nodes=3)
+    story.go()
+    resize(story, nodes=2)
+    plan = story.go()
+    assert [pod.rank for pod in plan.delete] == [2]
+    assert (story.generation, story.say()) == (1, "Running: generation 1 trains on 2 nodes")
+
+
+def test_one_that_is_taken_back_after_the_gang_was_told_ends_it_all_the_same() -> None:
+    story = resize(Story().trains(), nodes=1)
+    story.go()
+    resize(story, nodes=2)
+    story.go()
+    assert [order.action for order in stops(story)] == [Action.STOP] * 2, "an order that was given stands"
+    for rank in range(2):
+        story.worker_saves(rank, asked=True)
+    plan = story.go()
+    assert (story.generation, story.order(1).nodes, plan.delete) == (2, 2, ())
+
+
+def test_a_script_that_does_not_save_is_regrouped_when_it_has_ended() -> None:
+    story = resize(Story(base=SCRIPT).trains(), nodes=1)
+    story.go()
+    for rank in range(2):
+        end = Exit(1, rank, None, 15)
+        story.report(rank, generation=1, state=AgentState.STOPPED, exits=[end])
+    story.go()
+    assert (story.generation, story.attempts, story.restarts) == (2, ["Resized"], 0)
+
+
+def test_members_that_do_not_end_are_not_waited_for_for_ever() -> None:
+    story = resize(Story().trains(), nodes=1)
+    story.go()
+    story.worker_saves(0, asked=True)
+    plan = story.go()
+    assert plan.look_again_seconds == 60
+    story.wait(60)
+    story.go()
+    assert (story.generation, story.attempts) == (2, ["Resized"])
+
+
+def test_a_gang_that_has_done_its_work_meanwhile_has_succeeded() -> None:
+    story = resize(Story().trains(), nodes=1)
+    story.go()
+    story.workers_succeed()
+    story.go()
+    assert (story.phase, story.attempts) == ("Succeeded", [])
+
+
+@pytest.mark.parametrize("code", [ExitCode.ERROR, ExitCode.BAD_DATA])
+def test_a_failure_before_the_new_pods_are_there_is_a_failure(code: int) -> None:
+    story = resize(Story().trains(), nodes=3)
+    story.go()
+    story.worker_ends(0, code, message="boom")
+    story.worker_ends(1, code, message="boom")
+    story.go()
+    assert story.attempts[-1] in ("WorkerFailed", "BadData")
+
+
+def test_spares_take_the_new_ranks_and_are_made_again_behind() -> None:
+    story = Story("workers: {spares: 1}").trains()
+    story.pods_start(2)
+    story.go()
+    resize(story, nodes=3)
+    plan = story.go()
+    assert [order.action for order in stops(story)] == [Action.STOP] * 2
+    assert [place.rank for place in plan.create] == [3], "the next spare"
+    for rank in range(2):
+        story.worker_saves(rank, asked=True)
+    story.go()
+    assert [member.pod for member in story.job.status.gang.members][2] == "sentiment-aaaaa-2-1"
