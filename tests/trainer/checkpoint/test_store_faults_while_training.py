@@ -13,7 +13,7 @@ import pytest
 from finetune_api.contract import ExitCode
 from tests.storage.faulty_proxy import Fault, Proxy, faulty_proxy
 from tests.trainer.checkpoint.gangs import Gang, Prefix, written_more_than_once
-from tests.trainer.checkpoint.site import Remains
+from tests.trainer.checkpoint.site import COMMIT, Remains
 
 UPLOAD = "POST ?uploads"
 """The first request of a save."""
@@ -81,6 +81,19 @@ def test_a_store_in_trouble_delays_commits_and_nothing_else(site, remains, troub
     assert gang.committed == [3, 4, 5, 6], f"FINETUNE_FAULT_SEED={SEED}\n{gang.story()}"
     assert prefix.check() == [6]
     site.go_on(Remains(prefix, site.new_pod()), generation=3, committed=6)
+
+
+def test_a_commit_takes_five_requests_beside_the_uploads(site, remains):
+    """The first of a generation looks for remains too."""
+    prefix = site.new_prefix(like=remains)
+    with faulty_proxy(site.server.endpoint) as proxy:
+        gang = run(site, prefix, proxy)
+        assert gang.wait() == [0, 0], gang.story()
+    begins = [request.number for request in proxy.requests if request.matches("PUT manifest.json")]
+    asked = [request for request in proxy.requests[begins[1] - 1 : begins[2] - 1] if "/rank-" not in request.path]
+    wanted = ["PUT manifest.json", "GET /HEAD", COMMIT, "GET list-type=2", "POST ?delete"]
+    assert len(asked) == len(wanted), asked
+    assert all(request.matches(pattern) for request, pattern in zip(asked, wanted, strict=True)), asked
 
 
 def test_a_slow_store_and_clocks_that_differ_delay_commits_and_nothing_else(site, remains):
