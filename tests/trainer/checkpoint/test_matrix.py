@@ -7,7 +7,7 @@ from tests.trainer.checkpoint.matrix import MOVES, Move, missing_pairs
 from tests.trainer.checkpoint.rounds import SAVE_AT
 from tests.trainer.checkpoint.test_round_trips import Launches
 
-TOLERANCES = {"FP32": 1e-5, "BF16": 2e-3, "FP16": 1e-3}
+TOLERANCES = {"FP32": 1e-5, "BF16": 1e-3, "FP16": 1e-3}
 """Of a loss of about 1.6."""
 
 
@@ -44,6 +44,6 @@ def test_a_job_goes_on_elsewhere(launches: Launches, moved: tuple[dict[str, dict
     worst = max(abs(one - other) for one, other in zip(after["losses"], uninterrupted, strict=True))
     print(f"{move.name}: {uninterrupted[0]:.3f} to {uninterrupted[-1]:.3f}, apart by at most {worst:.1e}")
     assert worst < TOLERANCES[move.precision]
-    assert before["losses"][SAVE_AT] - uninterrupted[-1] > 5 * TOLERANCES[move.precision], (
+    assert before["losses"][SAVE_AT] - uninterrupted[-1] > 10 * TOLERANCES[move.precision], (
         "it learns, or this says nothing"
     )
