@@ -18,7 +18,7 @@ export OMP_NUM_THREADS := 1
 
 CLUSTER_TESTS := tests/api tests/chart tests/cluster
 
-.PHONY: help venv demo demo-down test test-fast test-cluster check format generate build bench
+.PHONY: help venv demo demo-down test test-fast test-long test-cluster check format generate build bench
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,7 +31,7 @@ demo-down: venv ## Take down what `make demo` left for you to look at
 
 test: venv check ## Unit tests while the cluster's programs and images are built, then the real cluster, but for what takes long there
 	python -m tests.cluster build > $(FINETUNE_CACHE)/build.log 2>&1 & build=$$!; \
-	units=0; pytest tests --ignore tests/cluster -m "not cluster" || units=$$?; \
+	units=0; pytest tests --ignore tests/cluster -m "not cluster and not long" || units=$$?; \
 	echo "waiting for the cluster's programs and images (log: $(FINETUNE_CACHE)/build.log)"; \
 	wait $$build || { tail -50 $(FINETUNE_CACHE)/build.log; exit 1; }; \
 	exit $$units
@@ -39,6 +39,9 @@ test: venv check ## Unit tests while the cluster's programs and images are built
 
 test-fast: venv ## Only what needs neither cluster nor torchrun
 	pytest tests/api tests/operator tests/agent -m "not cluster and not slow" -q
+
+test-long: venv ## Only what takes minutes without the cluster
+	pytest tests --ignore tests/cluster -m "long and not cluster"
 
 test-cluster: venv ## Only what runs on the real cluster, all of it
 	pytest $(CLUSTER_TESTS) -m cluster

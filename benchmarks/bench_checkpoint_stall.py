@@ -6,7 +6,7 @@ three times: without a save, with one beside training that is committed before t
 is the time beyond the first. "Still" is the copy alone: what a device that computes by itself would lose. On two cores the rest is what
 hashing, uploading and the S3 server take from the step.
 
-    make venv && PATH=… python benchmarks/bench_checkpoint_stall.py [--millions 20 100 500] [--rounds 3]
+    make venv && PATH=… python benchmarks/bench_checkpoint_stall.py [--millions 20 100 500] [--rounds 3] [--threads 1]
 """
 
 from __future__ import annotations
@@ -62,10 +62,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=int, nargs="+", default=[20, 100, 500])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of the rank: in a pod there are as many as it has CPUs")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     with one_rank_and_a_store() as (bucket, endpoint):
         rows = [_measure(millions, options.rounds, bucket, endpoint) for millions in options.millions]
-    table = _table(rows)
+    table = _table(rows, options.threads)
     sys.stdout.write(table)
     RESULT.write_text(table)
 
@@ -156,9 +158,9 @@ def timed(work: Callable[[], object]) -> float:
     return time.monotonic() - started
 
 
-def _table(rows: list[tuple[int, list[Round], int]]) -> str:
+def _table(rows: list[tuple[int, list[Round], int]], threads: int) -> str:
     lines = [
-        "| P2, medians, seconds | rounds | MiB | still | lost, saved beside | lost, waited for | committed after | still ÷ waited | lost ÷ waited | extra RSS, MiB |",
+        f"| P2, threads: {threads}, medians, seconds | rounds | MiB | still | lost, saved beside | lost, waited for | committed after | still ÷ waited | lost ÷ waited | extra RSS, MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for millions, rounds, extra in rows:

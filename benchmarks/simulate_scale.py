@@ -81,19 +81,20 @@ def main() -> None:
 
 def _layouts() -> list[str]:
     lines = [
-        f"| {WRITTEN_BY} ranks of ZeRO-3 → {READ_BY} | GiB | requests of a save | manifest, MiB | requests of a resume | bytes ÷ 8 MiB + ranks | bytes read ÷ bytes stored |",
-        "|---|---|---|---|---|---|---|",
+        f"| {WRITTEN_BY} ranks of ZeRO-3 → {READ_BY} | GiB | requests of a save | bytes ÷ 8 MiB + ranks | manifest, MiB | requests of a resume | bytes ÷ 8 MiB + ranks | bytes read ÷ bytes stored |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, config in MODELS.items():
         manifest = _manifest(_parameters(config), WRITTEN_BY)
         body = encode(manifest)
         assert decode(body) == manifest
         size = manifest.size_bytes
-        parts = sum(_upload_requests(shard.size_bytes) for shard in manifest.shards)
+        uploads = sum(_upload_requests(shard.size_bytes) for shard in manifest.shards)
         shares = deal_out(manifest.shards, READ_BY)
         read = sum(_bytes(manifest.shards[share.shard], share.first, share.last) for mine in shares for share in mine)
         lines.append(
-            f"| {name} parameters | {size / 2**30:,.0f} | {parts + 2:,} | {len(body) / 2**20:.1f} "
+            f"| {name} parameters | {size / 2**30:,.0f} | {uploads + _commit_requests(WRITTEN_BY):,} "
+            f"| {size // CHUNK_BYTES + WRITTEN_BY:,} | {len(body) / 2**20:.1f} "
             f"| {sum(map(len, shares)) + 2:,} | {size // CHUNK_BYTES + READ_BY:,} | {read / size:.3f} |"
         )
     return lines
@@ -124,6 +125,11 @@ def _manifest(parameters: list[Parameter], ranks: int) -> Manifest:
 def _upload_requests(size: int) -> int:
     parts = len(plan_parts(size))
     return 1 if parts == 1 else parts + 2  # its creation and its completion
+
+
+def _commit_requests(ranks: int) -> int:
+    """Count the manifest, the reading and swapping of ``HEAD``, and the listing and deleting of a checkpoint that goes, by thousands."""
+    return 3 + 2 * math.ceil((ranks + 1) / 1000)
 
 
 def _bytes(shard: Shard, first: int, last: int) -> int:

@@ -57,6 +57,7 @@ GRACE_MARGIN_SECONDS = 10  # what the agent keeps of the grace period for its ow
 RECIPE_FILE_VARIABLE = "FINETUNE_RECIPE_FILE"  # where recipe.json lies; default RECIPE_FILE
 GENERATION = "FINETUNE_GENERATION"
 EXPECTED_WORLD_SIZE = "FINETUNE_WORLD_SIZE"  # the trainer refuses to start when WORLD_SIZE differs
+HAS_CHECKPOINT = "FINETUNE_HAS_CHECKPOINT"  # 1 where status has one: the trainer refuses to start afresh; else 0
 PROGRESS_SOCKET = "FINETUNE_PROGRESS_SOCKET"  # Unix datagram socket for finetune_api.protocol.Beat
 SAVE_NOW = "FINETUNE_SAVE_NOW"  # a path where a file appears when the workers get SIGTERM, for who cannot take signals
 # A folder. A worker that shows the stacks of its threads on SIGUSR1 makes a file RANK-PID there, to which it then appends them.
@@ -110,6 +111,7 @@ class ExitCode(IntEnum):
     NO_PERMISSION = 77  # the object store or a file refused us
     BAD_CONFIG = 78  # the recipe, the model or the store cannot work
     ROLLED_BACK = 79  # NaN or infinity: the next generation starts before it and skips what caused it
+    CHECKPOINTS_LOST = 80  # somebody deleted what was committed: a person has to put it back
 
 
 def is_job_name(name: str) -> bool:

@@ -270,7 +270,7 @@ class Order:
     """What one agent should be doing. The fields after ``generation`` matter for ``Run`` only.
 
     ``rank`` is the node's rank among ``nodes``; workers get global ranks ``rank * processes_per_node + local rank``. ``hang_seconds`` is
-    how long training workers may at least be silent; 0: for ever, whatever they do.
+    how long training workers may at least be silent; 0: for ever, whatever they do. ``has_checkpoint`` says that the job has committed one.
     """
 
     action: Action
@@ -283,6 +283,7 @@ class Order:
     grace_seconds: int = 0
     protocol: int = PROTOCOL_VERSION
     hang_seconds: int = 60
+    has_checkpoint: bool = False
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ def worker_environment(
         {
             contract.GENERATION: str(order.generation),
             contract.EXPECTED_WORLD_SIZE: str(order.nodes * order.processes_per_node),
+            contract.HAS_CHECKPOINT: str(int(order.has_checkpoint)),
             contract.SAVE_NOW: endpoints.save_now,
             contract.STACKS_FOLDER: endpoints.stacks_folder,
             contract.PROGRESS_SOCKET: endpoints.progress_socket,

@@ -107,11 +107,16 @@ class Pod:
         workers: int = 1,
         master: "Pod | None" = None,
         hang_seconds: int = 60,
+        has_checkpoint: bool = False,
     ) -> None:
         """Order a generation, as the operator would."""
         host = (master or self).report
         assert host is not None
-        order = Order(Action.RUN, generation, rank, nodes, workers, host.address, host.port, hang_seconds=hang_seconds)
+        order = Order(
+            *(Action.RUN, generation, rank, nodes, workers, host.address, host.port),
+            hang_seconds=hang_seconds,
+            has_checkpoint=has_checkpoint,
+        )
         await self.server.order(self.uid, order)
 
     def remove(self) -> None:

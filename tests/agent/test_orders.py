@@ -545,11 +545,12 @@ async def test_workers_see_the_contracts_environment_and_none_of_an_outer_launch
     await server.until(lambda: pod.report)
     pod.script(1, "json.dump(dict(os.environ), open(folder / 'environment', 'w'))")
     pod.script(0)
-    await pod.run(4, workers=2)
+    await pod.run(4, workers=2, has_checkpoint=True)
     await server.until(lambda: pod.report.state is AgentState.SUCCEEDED)
     environment = json.loads((pod.folder / "environment").read_text())
     assert environment["FINETUNE_GENERATION"] == "4"
     assert environment["FINETUNE_WORLD_SIZE"] == environment["WORLD_SIZE"] == "2"
+    assert environment["FINETUNE_HAS_CHECKPOINT"] == "1"
     assert environment["FINETUNE_RECIPE_FILE"] == str(pod.config / "recipe.json")
     assert environment["FINETUNE_JOB_FILE"] == str(pod.config / "job.json")
     assert (environment["RANK"], environment["OMP_NUM_THREADS"], environment["no_proxy"]) == ("1", "3", "127.0.0.1")

@@ -205,6 +205,7 @@ def to_wire_order(**members: Any) -> dict[str, Any]:
         "graceSeconds": 0,
         "protocol": 1,
         "hangSeconds": 60,
+        "hasCheckpoint": False,
     }
     return base | members
 

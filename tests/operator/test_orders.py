@@ -3,7 +3,7 @@
 import pytest
 
 from finetune_api.contract import ExitCode
-from finetune_api.protocol import Action, Order
+from finetune_api.protocol import Action, Checkpoint, Order
 from finetune_operator.plan.orders import order_for
 from tests.operator.documents import a_job
 from tests.operator.story import Story
@@ -34,6 +34,19 @@ def test_members_run_with_their_rank_and_the_one_master() -> None:
         )
         for rank in (0, 1)
     ]
+
+
+def test_who_runs_is_told_that_the_job_has_committed_a_checkpoint_and_so_cannot_start_afresh() -> None:
+    story = Story().trains()
+    assert not story.order(0).has_checkpoint
+    story.report(0, checkpoint=Checkpoint(20, "s3://bucket/job/checkpoints/step-20", 1, "2026-01-01T12:00:00Z"))
+    story.go()
+    assert story.order(0).has_checkpoint
+    story.worker_ends(0, 1)
+    story.go()
+    story.wait(5)
+    story.go()
+    assert [(order.generation, order.has_checkpoint) for order in map(story.order, (0, 1))] == [(2, True)] * 2
 
 
 def test_a_pod_that_is_no_member_waits() -> None:

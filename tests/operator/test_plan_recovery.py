@@ -7,9 +7,11 @@ from finetune_api.protocol import Heartbeat, Phase, Resumed, ResumeSource
 from tests.operator.story import Story
 
 REFUSED = "s3://checkpoints/team-a: 403 AccessDenied; the secret's user needs s3:PutObject there"
+GONE = "s3://checkpoints/team-a/HEAD: it is gone"
 AWAY = "s3://checkpoints: 503 SlowDown for 10 minutes"
 HELD = {
     "without permission": (ExitCode.NO_PERMISSION, "NoPermission", REFUSED, {"Stalled"}),
+    "without its checkpoints": (ExitCode.CHECKPOINTS_LOST, "CheckpointsLost", GONE, {"Stalled"}),
     "without the store": (ExitCode.STORAGE_UNAVAILABLE, "StorageUnavailable", AWAY, {"Reconciling"}),
 }
 held = pytest.mark.parametrize(("code", "reason", "message", "holds"), HELD.values(), ids=HELD.keys())

@@ -21,7 +21,7 @@ from tests.storage.seaweedfs import S3Server, running_seaweedfs
 
 SESSION_SECONDS = 2
 PARTS = 6
-BODY = random.Random(3).randbytes((PARTS + 2) * CHUNK_BYTES)
+BODY = random.Random(3).randbytes((PARTS + 3) * CHUNK_BYTES)
 DIGESTS = [hashlib.sha256(BODY[start : start + CHUNK_BYTES]).hexdigest() for start in range(0, len(BODY), CHUNK_BYTES)]
 
 

@@ -16,7 +16,7 @@ from tests.storage.faulty_proxy import Fault, Proxy, faulty_proxy
 from tests.storage.seaweedfs import S3Server
 
 PARTS = 7
-BODY = random.Random(2).randbytes((PARTS + 1) * CHUNK_BYTES + 5)
+BODY = random.Random(2).randbytes((PARTS + 2) * CHUNK_BYTES + 5)
 CREATE, COMPLETE = "POST ?uploads", "POST ?uploadId="
 ANYWHERE = [
     Fault.ANSWER_LOST,
@@ -72,6 +72,14 @@ def direct(seaweedfs: S3Server) -> ObjectStore:
 def assert_written_and_nothing_left(direct: ObjectStore, uri: str) -> None:
     assert direct.get(uri) == BODY
     assert direct.abort_uploads(uri) == 0
+
+
+@pytest.mark.parametrize(("chunks", "requests"), [(1, 1), (2, 1), (3, 1), (4, 1), (5, 4), (6, 5), (10, 9)])
+def test_an_object_takes_one_request_or_fewer_than_it_has_chunks(store, direct, proxy, uri, chunks, requests):
+    body = BODY[: (chunks - 1) * CHUNK_BYTES + 5]
+    store.upload(body, uri, digests=digests(body))
+    assert len(proxy.requests) == requests
+    assert direct.get(uri) == body
 
 
 @pytest.mark.parametrize("fault", [*ANYWHERE, Fault.CORRUPTED])

@@ -49,6 +49,7 @@ def cases_of_one_rank(files: Path) -> dict[str, Case]:
         ),
         "language-model": Case(language_modelling(files)),
         "language-model-lora": Case(language_modelling(files, tuning=LORA)),
+        "emptied": Case(classification(files), generation=2, has_checkpoint=True),
         "one-epoch": Case(
             classification(files, training={"epochs": 1, "steps": None, "microBatchSize": None}, evaluation=None)
         ),

@@ -180,6 +180,7 @@ class Case:
     prefix: str | None = None
     generation: int = 1
     stop_at_look: int = 0
+    has_checkpoint: bool = False
     checkpoint: dict[str, int] = field(default_factory=dict)
     outcomes: list[dict[str, Any]] = field(default_factory=list)
     beats: Listener = field(default_factory=Listener)
@@ -197,9 +198,9 @@ def train_all(launcher: Launcher, cases: dict[str, Case], *, ranks: int) -> dict
                 generation=case.generation,
                 **case.checkpoint,
             )
-            if case.stop_at_look:
-                environment["TEST_STOP_AT_LOOK"] = str(case.stop_at_look)
-                (folder / name / "environment.json").write_text(json.dumps(environment))
+            environment["TEST_STOP_AT_LOOK"] = str(case.stop_at_look)
+            environment[contract.HAS_CHECKPOINT] = str(int(case.has_checkpoint))
+            (folder / name / "environment.json").write_text(json.dumps(environment))
             case.beats = listeners.enter_context(listening(folder / name / "beats"))
         environment = launcher.environment(world_size=ranks)
         ended = launcher.run("tests.trainer.several_jobs", str(folder), ranks=ranks, environment=environment)

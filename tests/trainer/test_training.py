@@ -79,6 +79,12 @@ def test_a_job_that_never_makes_a_number_goes_back_so_often_and_then_fails(one_r
     assert all(case.beats.progress == [] for case in cases), "no step was taken"
 
 
+def test_a_job_whose_checkpoints_somebody_deleted_does_not_start_again(one_rank: dict[str, Case]) -> None:
+    assert code(one_rank["emptied"]) == ExitCode.CHECKPOINTS_LOST
+    assert "HEAD: everything is gone. Somebody deleted it" in one_rank["emptied"].outcomes[0]["message"]
+    assert one_rank["emptied"].beats.of(BeatKind.RESUMED) == one_rank["emptied"].beats.progress == []
+
+
 @pytest.mark.parametrize("name", ["poisoned", "poisoned-on-two"])
 def test_a_sample_that_makes_no_number_is_left_out_and_the_job_ends_well(
     name: str, one_rank: dict[str, Case], two_ranks: dict[str, Case]

@@ -10,7 +10,8 @@
     ├── NumericFailure      76  NaN or infinity, again and again: rolling back did not help
     ├── NoPermission        77  the object store or a file refused us
     ├── BadConfig           78  the recipe, the model or the store cannot work
-    └── RolledBack          79  NaN or infinity: the next generation starts before it and skips what caused it
+    ├── RolledBack          79  NaN or infinity: the next generation starts before it and skips what caused it
+    └── CheckpointsLost     80  somebody deleted what was committed
 
 Anything else that escapes is a bug or the machine's doing, and exits 1 with its traceback.
 """
@@ -84,3 +85,9 @@ class RolledBack(TrainingError):
     """The numbers of a step are not finite; the next generation starts from the newest checkpoint without its samples."""
 
     exit_code = ExitCode.ROLLED_BACK
+
+
+class CheckpointsLost(TrainingError):
+    """Somebody deleted the job's checkpoints, or what says which there are; nothing is written until it is put back."""
+
+    exit_code = ExitCode.CHECKPOINTS_LOST

@@ -28,6 +28,7 @@ class Job:
     file: JobFile
     storage: JobStorage
     generation: int
+    has_checkpoint: bool
     scratch: Path
     staging: Path
     claims: Path
@@ -56,6 +57,7 @@ def read_job(environment: Mapping[str, str]) -> Job:
         file=file,
         storage=file.storage,
         generation=_read_generation(environment),
+        has_checkpoint=environment.get(contract.HAS_CHECKPOINT) == "1",
         scratch=Path(environment.get(SCRATCH_VARIABLE, contract.SCRATCH_FOLDER)),
         staging=Path(environment.get(STAGING_VARIABLE, contract.STAGING_FOLDER)),
         claims=Path(environment.get(CLAIMS_VARIABLE, contract.CLAIMS_FOLDER)),

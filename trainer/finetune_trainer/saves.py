@@ -18,6 +18,7 @@ LONGEST_SECONDS = 3600.0
 REASONS = {
     ExitCode.STORAGE_UNAVAILABLE: "StorageUnavailable",
     ExitCode.NO_PERMISSION: "NoPermission",
+    ExitCode.CHECKPOINTS_LOST: "CheckpointsLost",
 }
 
 

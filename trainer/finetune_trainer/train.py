@@ -98,6 +98,7 @@ class Run:
             store=prepared.store,
             prefix=job.storage.prefix,
             generation=job.generation,
+            has_checkpoint=job.has_checkpoint,
             retention=retention_of(file),
             recipe_digest=job.recipe_digest,
             staging=(job.staging, job.scratch / "staging"),

@@ -71,6 +71,7 @@ _BY_EXIT_CODE: dict[int, tuple[FailureClass, str]] = {
     ExitCode.NUMERIC: (FailureClass.TERMINAL, "NumericFailure"),
     ExitCode.NO_PERMISSION: (FailureClass.KNOWN, "NoPermission"),
     ExitCode.STORAGE_UNAVAILABLE: (FailureClass.KNOWN, "StorageUnavailable"),
+    ExitCode.CHECKPOINTS_LOST: (FailureClass.KNOWN, "CheckpointsLost"),
     ExitCode.WRONG_WORLD: (FailureClass.KNOWN, "WrongWorldSize"),
     ExitCode.STALE: (FailureClass.KNOWN, "Stale"),
     ExitCode.PORT_IN_USE: (FailureClass.KNOWN, "PortInUse"),

@@ -28,4 +28,5 @@ def order_for(job: FineTuneJob, pod_uid: str) -> Order:
         master_address=gang.master_address,
         master_port=gang.master_port,
         hang_seconds=job.spec.recovery.hang_seconds,
+        has_checkpoint=status.checkpoint is not None,
     )

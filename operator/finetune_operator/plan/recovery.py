@@ -9,7 +9,7 @@ before numbers that were not finite, which the trainer bounds itself; it is coun
 Some failures come back wherever the gang starts from: a program's error three times in a row at the same step, memory twice. They end
 the job before the budget does.
 
-Without permission or without the store nothing can be trained, and it is not the gang that can mend it. The gang is *held*: its pods
+Without permission, the store or what lay in it nothing can be trained, and it is not the gang that can mend it. The gang is *held*: its pods
 stay, no worker runs, and another generation tries as long after the last as the trouble has lasted, from 15 seconds to 5 minutes. It
 never fails by itself. A gang that cannot be placed as a whole (see ``giving_way``) is held in the same way, but gives its pods back.
 """
@@ -32,8 +32,8 @@ LAST_BACKOFF_SECONDS = 300.0
 FIRST_HOLD_SECONDS = 15.0
 
 GIVEN_BACK = frozenset({"PendingDeadlineExceeded", "GaveWay"})  # held without pods, for others need their places
-HELD = frozenset({"NoPermission", "StorageUnavailable"}) | GIVEN_BACK
-NEEDS_SOMEBODY = frozenset({"NoPermission"})  # the store comes back by itself, a permission does not
+HELD = frozenset({"NoPermission", "StorageUnavailable", "CheckpointsLost"}) | GIVEN_BACK
+NEEDS_SOMEBODY = frozenset({"NoPermission", "CheckpointsLost"})  # the store comes back by itself, these do not
 NOBODYS_FAULT = frozenset({"Preempted", "PortInUse", RESIZED}) | HELD  # no restart at all: neither used nor counted
 COUNTED_ONLY = frozenset({"RolledBack"})
 TIMES_AT_ONE_STEP = {"WorkerFailed": 3, "OutOfMemory": 2}

@@ -43,6 +43,7 @@ class Drill:
     pod: str
     """The staging folder: who gets that of an earlier generation starts in the same pod."""
     ranks: int = 2
+    has_checkpoint: bool = False
     saves: list[int] = field(default_factory=list)
     """Begun when the step is done, without waiting for room."""
     until: int = 0
@@ -97,6 +98,7 @@ class _Rank:
             store=S3ObjectStore(drill.endpoint, retry_seconds=drill.retry_seconds),
             prefix=drill.prefix,
             generation=drill.generation,
+            has_checkpoint=drill.has_checkpoint,
             retention=Retention(keep=1),
             recipe_digest="recipe",
             staging=[Path(drill.pod)],

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,6 +204,10 @@ class Prefix:
 
     def put(self, key: str, body: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=f"{self.path}/{key}", Body=body)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in list(keys):
+            self.client.delete_object(Bucket=self.bucket, Key=f"{self.path}/{key}")
 
     def begin_upload(self, key: str) -> None:
         self.client.create_multipart_upload(Bucket=self.bucket, Key=f"{self.path}/{key}")

@@ -16,7 +16,9 @@ MADE = []
 """What is to be closed at the end of a test: each incarnation has threads and groups of its own."""
 
 
-def checkpoints(engine, store, generation, *, keep=2, best=None, digest="recipe-1", pod=None, resume_from=None):
+def checkpoints(
+    engine, store, generation, *, keep=2, best=None, digest="recipe-1", pod=None, resume_from=None, has_checkpoint=False
+):
     made = Checkpoints(
         engine=engine,
         store=store,
@@ -26,6 +28,7 @@ def checkpoints(engine, store, generation, *, keep=2, best=None, digest="recipe-
         recipe_digest=digest,
         staging=[Path(pod or tempfile.mkdtemp())],
         resume_from=resume_from,
+        has_checkpoint=has_checkpoint,
     )
     MADE.append(made)
     return made

@@ -28,7 +28,7 @@ from tests.trainer.checkpoint.drill import Drill, run
 CHUNK_BYTES = 5 * 2**20
 """Instead of 8 MiB; no S3 server takes smaller parts."""
 HIDDEN = 48_000
-"""A hidden layer that makes each of two ranks' shards a little longer than that: so each is an upload in two parts."""
+"""A hidden layer that makes each of two ranks' shards a little longer than that: so each is an upload in two parts, of a chunk each."""
 
 
 def resize() -> None:
@@ -36,6 +36,7 @@ def resize() -> None:
     trainee.HIDDEN = HIDDEN
     for module in (object_store, protocol, s3_upload, manifest, shard, fetch):
         module.CHUNK_BYTES = CHUNK_BYTES
+    s3_upload.LAST_PART_CHUNKS = 1
     for module, longest in ((commit, 0.2), (s3_connection, 0.5)):
         module.FIRST_PAUSE_SECONDS, module.LONGEST_PAUSE_SECONDS = 0.02, longest
 

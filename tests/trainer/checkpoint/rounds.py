@@ -1,11 +1,11 @@
 """What the ranks of a launch do, for all cases in turn; started by test_round_trips.py under torchrun.
 
-    rounds.py ENDPOINT PREFIX FOLDER save|recall|resume|reshape|die...
+    rounds.py ENDPOINT PREFIX FOLDER save|recall|resume|reshape|die|save_to_move|move...
 
 ``save`` trains without checkpoints and once more with a save on the way; ``recall`` takes that up in new processes from the memory of
 their pods, ``resume`` in other pods from storage; ``reshape``
-loads into another ZeRO stage or world size and saves again; ``die`` kills a rank in the middle of a save. After each of them a rank
-writes what it saw to FOLDER as JSON.
+loads into another ZeRO stage or world size and saves again; ``die`` kills a rank in the middle of a save. ``save_to_move`` and ``move`` do
+what matrix.py lists, of what these ranks have a part in. After each of them a rank writes what it saw to FOLDER as JSON.
 """
 
 import json
@@ -18,10 +18,12 @@ from pathlib import Path
 import deepspeed
 import torch.distributed as dist
 
+from finetune_api.protocol import ResumeSource
 from finetune_trainer.checkpoint.checkpoints import Checkpoints
 from finetune_trainer.checkpoint.head import Retention
 from finetune_trainer.checkpoint.manifest import Position
 from finetune_trainer.object_store import S3ObjectStore
+from tests.trainer.checkpoint.matrix import MOVES, engine_of, train_dealt
 from tests.trainer.checkpoint.trainee import Case, new_engine, train, weights_digest
 
 SAVE_AT, STEPS = 4, 8
@@ -67,7 +69,7 @@ class DiesUploading(S3ObjectStore):
 
 
 def slug(name):
-    return name.replace(" ", "-").lower()
+    return name.replace(",", "").replace(" ", "-").lower()
 
 
 class Rounds:
@@ -161,6 +163,29 @@ class Rounds:
         train(engine, range(SAVE_AT, SAVE_AT + 1))
         store.armed = True
         checkpoints.save(position(SAVE_AT + 1))
+
+    def save_to_move(self):
+        for move in MOVES:
+            if move.ranks == dist.get_world_size():
+                engine = engine_of(move, move.stage)
+                checkpoints = self.checkpoints(engine, move.name, 1)
+                checkpoints.resume()
+                losses = train_dealt(engine, range(SAVE_AT))
+                uri = checkpoints.save(position(SAVE_AT)).uri
+                checkpoints.close()
+                losses += train_dealt(engine, range(SAVE_AT, STEPS))
+                self.seen[move.name] = {"losses": losses, "uri": uri}
+
+    def move(self):
+        for move in MOVES:
+            if move.to_ranks == dist.get_world_size():
+                engine = engine_of(move, move.to_stage)
+                checkpoints = self.checkpoints(engine, move.name, 2)
+                found, resumed = checkpoints.resume()
+                assert (found, resumed.source) == (position(SAVE_AT), ResumeSource.STORAGE)
+                uri = checkpoints.save(found).uri
+                checkpoints.close()
+                self.seen[move.name] = {"losses": train_dealt(engine, range(SAVE_AT, STEPS)), "uri": uri}
 
 
 def position(step):

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from finetune_api.protocol import ResumeSource
 from finetune_trainer.checkpoint.head import decode
-from finetune_trainer.errors import BadData, NoPermission, Stale, StorageUnavailable
+from finetune_trainer.errors import BadData, CheckpointsLost, NoPermission, Stale, StorageUnavailable
 from tests.trainer.checkpoint.faulty_store import Ambiguous, Crash, FaultyStore, Once, PreconditionFailed
 from tests.trainer.checkpoint.incarnations import HEAD, PREFIX, at, checkpoints, close_all, mark, marks
 from tests.trainer.checkpoint.trainee import Case, new_engine, train
@@ -75,8 +75,16 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
             if self.saver is not None:
                 self.replaced.append(self.saver)
             self.pod = Path(tempfile.mkdtemp())
-        self.saver = checkpoints(self.engine, self.store, self.generation, keep=self.keep, best=self.best, pod=self.pod)
         listed = self.kept if HEAD in self.store.objects else ()
+        self.saver = checkpoints(
+            self.engine,
+            self.store,
+            self.generation,
+            keep=self.keep,
+            best=self.best,
+            pod=self.pod,
+            has_checkpoint=bool(listed),
+        )
         loadable = [kept.step for kept in listed if not self.is_damaged(kept)]
         in_memory = self.newest_in_memory()
         mark(self.engine, -1)
@@ -235,13 +243,27 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
             graded = [value for value in before.values() if value is not None]
             assert best_of(kept.metric for kept in self.kept if kept.metric is not None) == best_of(graded)
 
-    @rule()
-    def somebody_deletes_head_and_it_comes_back_with_the_next_commit(self):
-        self.save()  # what its writer never heard of, it cannot put back
-        before = decode(self.store.objects.pop(HEAD))
+    @precondition(lambda self: self.kept)
+    @rule(saves=st.integers(1, 3))
+    def somebody_deletes_head_and_puts_it_back(self, saves):
+        deleted = self.store.objects.pop(HEAD)
+        for _ in range(saves):
+            with pytest.raises(CheckpointsLost, match="HEAD: it is gone"):
+                self.save()
+        assert HEAD not in self.store.objects
+        self.store.objects[HEAD] = deleted
         self.save()
-        assert set(before.kept[: self.keep - 1]) <= set(self.kept)
-        assert (self.head.lineage, self.head.rollbacks) == (before.lineage, before.rollbacks)
+
+    @precondition(lambda self: self.kept)
+    @rule()
+    def somebody_deletes_everything_and_the_next_one_does_not_start_afresh(self):
+        deleted, self.store.objects = self.store.objects, {}
+        self.generation += 1
+        with pytest.raises(CheckpointsLost, match="everything is gone"):
+            checkpoints(self.engine, self.store, self.generation, has_checkpoint=True, pod=self.pod).resume()
+        assert HEAD not in self.store.objects
+        self.store.objects = deleted
+        self.resume(in_same_pod=True)
 
     @precondition(lambda self: self.replaced)
     @rule(data=st.data())

@@ -6,15 +6,15 @@ proxy between it and the store counts the requests of both ranks, and at the k-t
 before the request is carried out, or after it, so that nobody gets the answer. Its peer is left to fail by itself. Then the next
 generation starts, in the same pods or in new ones.
 
-One point of each kind is drawn for each run of the tests. All of them, each k until a run has no k-th request any more:
+One point of each kind is drawn for each run of the tests. All of them, each k until a run has no k-th request any more; or
+the third of eight slices of that, spread evenly; or certain ones:
 
-    FINETUNE_CRASH_POINTS=all pytest tests/trainer/checkpoint/test_crash_points.py
+    FINETUNE_CRASH_POINTS=all pytest tests/trainer/checkpoint/test_crash_points.py     # or 3/8, or 17,18
 """
 
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,12 +71,16 @@ def requests_of_a_run(site, remains) -> dict[str, int]:
     return counts
 
 
-def points(most: int) -> Iterator[int]:
+def points(most: int) -> list[int]:
+    every = range(1, most + 1)
     if POINTS == "all":
-        return iter(range(1, most + 1))
+        return [*every]
+    if "/" in POINTS:
+        first, slices = map(int, POINTS.split("/"))
+        return [*every[first - 1 :: slices]]
     if POINTS:
-        return iter(map(int, POINTS.split(",")))
-    return iter(sorted(random.sample(range(1, most + 1), SAMPLE)))
+        return [*map(int, POINTS.split(","))]
+    return random.sample(every, SAMPLE)
 
 
 @pytest.mark.parametrize("pods", [SAME, NEW])
@@ -85,14 +89,14 @@ def points(most: int) -> Iterator[int]:
 def test_a_rank_dies_at_any_request_and_nothing_is_lost(
     site, remains, requests_of_a_run, victim, moment, pods, request
 ):
-    deaths = 0
-    for k in points(requests_of_a_run[pods]):
+    chosen, deaths = points(requests_of_a_run[pods]), 0
+    for k in chosen:
         try:
             deaths += die_and_go_on(site, remains, k, victim=victim, after=moment == "after", pods=pods)
         except BaseException:
             print(f"\nreplay: FINETUNE_CRASH_POINTS={k} pytest '{request.node.nodeid}'")
             raise
-    print(f"{deaths} deaths in {requests_of_a_run[pods]} requests")
+    print(f"{len(chosen)} points of {requests_of_a_run[pods]} requests: {deaths} deaths")
 
 
 def new_job(site: Site, left: Remains, pods: str) -> tuple[Prefix, Path]:

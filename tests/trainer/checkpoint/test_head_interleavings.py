@@ -17,6 +17,7 @@ from finetune_trainer.checkpoint.head import (
     Grade,
     Head,
     Kept,
+    Lost,
     Overtaken,
     Retention,
     RollBack,
@@ -115,7 +116,11 @@ def steps(world: World, writer: Writer):
 
 
 def read(world: World, writer: Writer):
-    swap = writer.swap or Swap(writer.generation, writer.changes[0], owned=writer.owned)
+    if world.head is None and writer.head is None and world.ever_listed:
+        return world, replace(
+            writer, ended="lost"
+        )  # it finds checkpoints without HEAD, or is told that there were some
+    swap = writer.swap or Swap(writer.generation, writer.changes[0], owned=writer.owned, last=writer.head)
     nonce = f"{writer.name}-{writer.writes}"
     match swap.decide(None if world.head is None else Seen(world.head, etag_of(world.head)), nonce):
         case Settled(head):
@@ -123,7 +128,10 @@ def read(world: World, writer: Writer):
         case Overtaken(head):
             assert head.nonce not in writer.owned, "a writer took its own success for another's"
             return world, replace(writer, ended="stale")
+        case Lost():
+            return world, replace(writer, swap=None, changes=writer.changes[1:], unresolved=False)
         case Write() as write:
+            assert write.etag is not None or writer.head is None, "only a fence makes HEAD"
             owned = writer.owned | {nonce}
             return world, replace(writer, swap=swap, pending=write, owned=owned, writes=writer.writes + 1)
 
@@ -235,6 +243,27 @@ def test_of_two_incarnations_of_one_generation_only_one_ever_commits(head):
     found = search(World(head, twins))
     assert all(not (end.writers[0].committed and end.writers[1].committed) for end in found.ends)
     assert {w.ended for end in found.ends for w in end.writers} == {"", "stale", "gave up"}
+
+
+@dataclass(frozen=True)
+class Deleter:
+    """Deletes HEAD, once."""
+
+    ended: str = ""
+    committed: bool = False
+
+    def steps(self, world: World):
+        if not self.ended and world.head is not None:
+            yield replace(world, head=None), replace(self, ended="deleted")
+
+
+@pytest.mark.parametrize("losses", [(1, 0), (0, 1)], ids=["an answer of the lower lost", "of the higher"])
+def test_head_that_somebody_deletes_stays_deleted_whoever_was_about_to_write(losses):
+    writers = (writer(1, keep=2, losses=losses[0]), writer(2, keep=2, losses=losses[1]), Deleter())
+    found = search(World(START, writers, ever_listed=manifests(START.kept)))
+    assert all(end.head is None for end in found.ends)
+    assert {w.ended for end in found.ends for w in end.writers[:2]} == {"", "stale", "lost", "gave up"}
+    assert any(end.writers[1].committed for end in found.ends)
 
 
 def test_without_a_memory_of_its_own_nonces_the_search_finds_the_false_stale(monkeypatch):

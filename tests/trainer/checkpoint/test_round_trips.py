@@ -26,9 +26,9 @@ POSITION = [SAVE_AT, 6 * SAVE_AT, [[1, 3], [7, 8]]]
 class Launches:
     """Runs rounds.py on several ranks, and reads what they saw."""
 
-    def __init__(self, server: S3Server, folder: Path) -> None:
+    def __init__(self, server: S3Server, folder: Path, *, bucket: str) -> None:
         self.server, self.folder = server, folder
-        self.prefix = server.create_bucket("round-trips")
+        self.prefix = server.create_bucket(bucket)
         (self.prefix_bucket,) = self.prefix.removeprefix("s3://").split("/")
 
     def run(self, ranks: int, *activities: str) -> subprocess.CompletedProcess[str]:
@@ -90,7 +90,7 @@ class Launches:
 
 @pytest.fixture(scope="module")
 def launches(store_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    return Launches(store_server, tmp_path_factory.mktemp("rounds"))
+    return Launches(store_server, tmp_path_factory.mktemp("rounds"), bucket="round-trips")
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ import threading
 
 import pytest
 
+from finetune_api.contract import ExitCode
 from tests.storage.faulty_proxy import Fault, Proxy, faulty_proxy
 from tests.trainer.checkpoint.gangs import Gang, Prefix, written_more_than_once
-from tests.trainer.checkpoint.site import Remains
+from tests.trainer.checkpoint.site import COMMIT, Remains
 
 UPLOAD = "POST ?uploads"
 """The first request of a save."""
@@ -82,6 +83,19 @@ def test_a_store_in_trouble_delays_commits_and_nothing_else(site, remains, troub
     site.go_on(Remains(prefix, site.new_pod()), generation=3, committed=6)
 
 
+def test_a_commit_takes_five_requests_beside_the_uploads(site, remains):
+    """The first of a generation looks for remains too."""
+    prefix = site.new_prefix(like=remains)
+    with faulty_proxy(site.server.endpoint) as proxy:
+        gang = run(site, prefix, proxy)
+        assert gang.wait() == [0, 0], gang.story()
+    begins = [request.number for request in proxy.requests if request.matches("PUT manifest.json")]
+    asked = [request for request in proxy.requests[begins[1] - 1 : begins[2] - 1] if "/rank-" not in request.path]
+    wanted = ["PUT manifest.json", "GET /HEAD", COMMIT, "GET list-type=2", "POST ?delete"]
+    assert len(asked) == len(wanted), asked
+    assert all(request.matches(pattern) for request, pattern in zip(asked, wanted, strict=True)), asked
+
+
 def test_a_slow_store_and_clocks_that_differ_delay_commits_and_nothing_else(site, remains):
     """One node's clock is 20 s ahead: requests are signed with it, and S3 servers allow minutes."""
     prefix = site.new_prefix(like=remains)
@@ -126,8 +140,8 @@ def test_a_save_that_cannot_be_made_is_told_on_all_ranks_and_the_next_one_commit
     assert prefix.folders() == prefix.listed_folders(), "what failed goes with the next commit"
 
 
-def test_a_bucket_that_is_deleted_and_made_anew_costs_the_saves_between(site, remains):
-    """What training holds is then the only copy there is: it goes on, and with the bucket checkpoints come back."""
+def test_a_bucket_that_is_deleted_gets_no_checkpoint_any_more_not_even_if_it_is_made_anew(site, remains):
+    """Training goes on, since what it holds is the only copy there is; but no later generation starts from the beginning."""
     bucket = "deleted-in-the-middle"
     site.server.create_bucket(bucket)
     prefix = Prefix(site.server, bucket, "job", site.client)
@@ -142,10 +156,48 @@ def test_a_bucket_that_is_deleted_and_made_anew_costs_the_saves_between(site, re
         proxy.before = before
         gang = site.start(proxy, prefix, 1, site.new_pod(), saves=[1, 2, 3, 4, 5, 6], until=6, retry_seconds=0.0)
         assert gang.wait() == [0, 0], gang.story()
+        assert proxy.count("PUT /step-6/") == 0, "nothing is uploaded that could not be committed"
     site.check(gang)
-    assert gang.committed == [1, 2, 5, 6], gang.story()
-    assert prefix.check() == [6]
-    site.go_on(Remains(prefix, site.new_pod()), generation=2, committed=6)
+    for rank in range(2):
+        errors = [(said["step"], said["error"]) for said in gang.told("saved", rank)]
+        assert errors[:2] == [(1, None), (2, None)], gang.story()
+        assert errors[3] == (4, "BadConfig"), gang.story()
+        assert errors[4:] == [(5, "CheckpointsLost"), (6, "CheckpointsLost")], gang.story()
+    assert "HEAD" not in prefix.objects()
+    refuse_to_start(site, prefix, says="it is gone, although there is")
+
+
+def refuse_to_start(site, prefix: Prefix, *, says: str) -> None:
+    """Start a generation that knows of a commit; it ends before training, and has not made ``HEAD`` anew."""
+    with faulty_proxy(site.server.endpoint) as proxy:
+        gang = site.start(proxy, prefix, 9, site.new_pod(), until=1, has_checkpoint=True)
+        assert gang.wait() == [ExitCode.CHECKPOINTS_LOST, ExitCode.CHECKPOINTS_LOST], gang.story()
+    for rank in range(2):
+        (failed,) = gang.told("failed", rank)
+        assert says in failed["message"]
+    assert "HEAD" not in prefix.objects()
+
+
+def test_a_prefix_that_is_emptied_and_put_back_costs_the_saves_between(site, remains):
+    """It is emptied while step 5 is uploaded, and put back, as it was, when that was found out."""
+    prefix, taken = site.new_prefix(like=remains), {}
+    with faulty_proxy(site.server.endpoint) as proxy:
+
+        def before(request):
+            if "/step-5/" in request.path and request.matches("PUT manifest.json") and not taken:
+                taken.update({key: prefix.get(key) for key in prefix.objects()})
+                prefix.delete(taken)
+
+        proxy.before = before
+        gang = site.start(proxy, prefix, 2, site.new_pod(), saves=[1, 2, 3], until=3, retry_seconds=0.0)
+        assert gang.wait() == [0, 0], gang.story()
+        assert [said["error"] for said in gang.told("saved")] == [None, None, "CheckpointsLost"], gang.story()
+    refuse_to_start(site, prefix, says="it is gone, although there is")
+    prefix.delete(prefix.objects())
+    refuse_to_start(site, prefix, says="everything is gone")
+    for key, body in taken.items():
+        prefix.put(key, body)
+    site.go_on(Remains(prefix, site.new_pod()), generation=10, committed=4)
 
 
 def delete(client, bucket):

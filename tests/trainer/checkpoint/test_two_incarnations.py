@@ -118,7 +118,7 @@ def test_one_that_was_replaced_aborts_no_upload_of_its_successor(site, remains):
             may_complete.set()
         assert successor.wait() == [0, 0], successor.story()
     assert successor.committed == [3]
-    assert prefix.uploads() == []
+    assert all("/g2-" in key for key in prefix.uploads()), "what it was at when it ended is for the next generation"
 
 
 def test_what_the_writer_did_itself_is_never_taken_for_somebody_elses(site, remains):

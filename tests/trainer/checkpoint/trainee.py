@@ -29,6 +29,8 @@ class Case:
     offload: bool = False
     accumulation: int = 1
     autocast: bool = False
+    loss_scale_power: int = 18
+    """The first scale of this overflows, so that skipped steps and a moving scale are part of the state."""
     zero: dict = field(default_factory=dict)
 
 
@@ -100,8 +102,8 @@ def configuration(case):
     if case.precision == "BF16":
         config["bf16"] = {"enabled": True}
     if case.precision == "FP16":
-        # The first scale overflows, so that skipped steps and a moving scale are part of the state.
-        config["fp16"] = {"enabled": True, "initial_scale_power": 18, "loss_scale_window": 3, "hysteresis": 1}
+        scale = {"initial_scale_power": case.loss_scale_power, "loss_scale_window": 3, "hysteresis": 1}
+        config["fp16"] = {"enabled": True, **scale}
     if case.autocast:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return config

@@ -6,7 +6,7 @@ A resume first fences ``HEAD`` and only then looks for a state to take up, so th
    if it was not committed yet, it is now, beside training;
 2. the newest checkpoint that ``HEAD`` lists and every rank can read in whole (see restore);
 3. another job's checkpoint, where the job continues one;
-4. nothing: only a prefix without ``HEAD``, or an empty list in it, is a fresh start.
+4. nothing: only a prefix without ``HEAD``, or an empty list in it, is a fresh start, and only while nobody knows of a commit.
 
 Whatever lies in memory and was not taken up is forgotten then, so that no later generation mixes it with what is trained from here on.
 """
@@ -31,7 +31,7 @@ from finetune_trainer.checkpoint.retention import abort_uploads
 from finetune_trainer.checkpoint.saving import Outcome, Saver, as_told
 from finetune_trainer.checkpoint.shard import Layout, lay_out
 from finetune_trainer.checkpoint.staging import SaveId, Seal, Staging
-from finetune_trainer.errors import TrainingError
+from finetune_trainer.errors import CheckpointsLost, TrainingError
 from finetune_trainer.object_store import ObjectStore
 
 
@@ -43,6 +43,7 @@ class Checkpoints:
         store: where checkpoints go.
         prefix: ``s3://bucket/path`` of this job alone.
         generation: this incarnation's number; lower ones can no longer commit once :meth:`resume` has fenced them.
+        has_checkpoint: an earlier generation is known to have committed one, so that there must be one.
         retention: which committed checkpoints to keep.
         recipe_digest: what identifies the recipe; a checkpoint of another one is refused.
         staging: folders for the buffers, the first with room is used.
@@ -60,6 +61,7 @@ class Checkpoints:
         retention: Retention,
         recipe_digest: str,
         staging: Sequence[Path],
+        has_checkpoint: bool = False,
         resume_from: str | None = None,
         upload_bytes_per_second: int | None = None,
     ) -> None:
@@ -72,7 +74,14 @@ class Checkpoints:
         self._upload_bytes_per_second = upload_bytes_per_second
         self._generation = generation
         self._ranks = Ranks(TrainingError, Broken)
-        self._head_writer = HeadWriter(store=store, prefix=self._prefix, generation=generation, retention=retention)
+        self._has_checkpoint = has_checkpoint
+        self._head_writer = HeadWriter(
+            store=store,
+            prefix=self._prefix,
+            generation=generation,
+            retention=retention,
+            has_checkpoint=has_checkpoint,
+        )
         self._head = Head(0, generation, "")
         self._steps_ahead = 0
         self._saver: Saver | None = None
@@ -84,6 +93,7 @@ class Checkpoints:
             Stale: this or a higher generation has been here before.
             BadConfig: the checkpoints belong to another recipe or model, or the store cannot be used.
             BadData: there are checkpoints, but none of them can be read.
+            CheckpointsLost: there were checkpoints, and somebody deleted them.
             NoPermission, StorageUnavailable: what there is cannot be told.
         """
         head = self._ranks.first(self._fence)
@@ -225,6 +235,11 @@ class Checkpoints:
             if restored.broken:
                 head = self._ranks.first(partial(self._head_writer.drop, tuple(restored.broken)))
             source = ResumeSource.STORAGE
+        elif self._has_checkpoint:
+            raise CheckpointsLost(
+                f"{self._prefix} lists no checkpoint, but this job has committed some: somebody deleted them; put HEAD and "
+                "what it lists back from the bucket's versions or a backup"
+            )
         elif self._resume_from is not None:
             restored, source = restorer.other_job(self._resume_from), ResumeSource.OTHER_JOB
         else:

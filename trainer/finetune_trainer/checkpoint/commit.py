@@ -4,7 +4,6 @@
 minutes by itself; a conditional write leaves exactly once per decision.
 """
 
-import logging
 import random
 import secrets
 import time
@@ -18,6 +17,7 @@ from finetune_trainer.checkpoint.head import (
     Grade,
     Head,
     Kept,
+    Lost,
     Overtaken,
     Retention,
     RollBack,
@@ -29,13 +29,11 @@ from finetune_trainer.checkpoint.head import (
     decode,
     encode,
 )
-from finetune_trainer.errors import BadData, Stale, StorageUnavailable
+from finetune_trainer.errors import BadData, CheckpointsLost, Stale, StorageUnavailable
 from finetune_trainer.object_store import Ambiguous, ObjectMissing, ObjectStore, PreconditionFailed
 
 HEAD_KEY = "HEAD"
 CHECKPOINTS_KEY = "checkpoints/"
-log = logging.getLogger(__name__)
-
 ATTEMPTS = 20
 """How often one change is tried; with the pauses between, about two minutes beyond what the store itself waits."""
 FIRST_PAUSE_SECONDS = 0.25
@@ -53,7 +51,7 @@ def pause_after(attempt: int) -> None:
 
 
 class HeadWriter:
-    """One incarnation's hand on ``<prefix>/HEAD``."""
+    """One incarnation's hand on ``<prefix>/HEAD``. ``has_checkpoint`` says that the job is known to have committed one."""
 
     def __init__(
         self,
@@ -61,6 +59,7 @@ class HeadWriter:
         store: ObjectStore,
         prefix: str,
         generation: int,
+        has_checkpoint: bool = False,
         nonce: Callable[[], str] = new_nonce,
         pause: Callable[[int], None] = pause_after,
         retention: Retention,
@@ -70,6 +69,7 @@ class HeadWriter:
         self._prefix = prefix
         self._uri = f"{prefix}/{HEAD_KEY}"
         self._generation = generation
+        self._has_checkpoint = has_checkpoint
         self._nonce = nonce
         self._pause = pause
         self._owned: frozenset[str] = frozenset()
@@ -80,14 +80,24 @@ class HeadWriter:
 
         Raises:
             Stale: this generation, or a higher one, has been there before.
+            CheckpointsLost: there is none, and there were checkpoints.
         """
         return self._settle(Fence())
+
+    def require_own(self) -> None:
+        """Read ``HEAD`` and return where a change could be made.
+
+        Raises:
+            Stale, CheckpointsLost: it could not.
+        """
+        self._decide(Swap(self._generation, Fence(), owned=self._owned, last=self._last))
 
     def commit(self, new: Kept) -> Head:
         """Put a checkpoint at the front of the list and return the new ``HEAD``.
 
         Raises:
             Stale: a higher generation has taken over.
+            CheckpointsLost: somebody deleted ``HEAD``.
             StorageUnavailable: whether it happened could not be found out; it may yet happen.
         """
         return self._settle(Add(new, self._retention))
@@ -111,12 +121,10 @@ class HeadWriter:
     def _settle(self, change: Change) -> Head:
         swap = Swap(self._generation, change, owned=self._owned, last=self._last)
         for attempt in range(ATTEMPTS):
-            match swap.decide(self._read(), self._nonce()):
+            match self._decide(swap):
                 case Settled(head):
                     self._last = head
                     return head
-                case Overtaken(head):
-                    raise self._stale(head)
                 case Write() as write:
                     self._owned |= {write.head.nonce}
                     swap = swap.sent(write)
@@ -129,33 +137,34 @@ class HeadWriter:
             "conditional writes; check its health and any proxy in front of it"
         )
 
+    def _decide(self, swap: Swap) -> Settled | Write:
+        match swap.decide(self._read(), self._nonce()):
+            case Overtaken(head):
+                raise self._stale(head)
+            case Lost():
+                raise self._lost("it is gone")
+            case decision:
+                return decision
+
     def _read(self) -> Seen | None:
         try:
             stored = self._store.read(self._uri)
         except ObjectMissing:
-            return self._read_again_unless_new()
+            return None if self._last is not None else self._read_again_unless_new()
         return self._decoded(stored.body, stored.etag)
 
     def _read_again_unless_new(self) -> Seen | None:
-        """Return None for a prefix without checkpoints, and where ``HEAD`` was deleted behind our back.
+        """Return None for a prefix without checkpoints.
 
-        ``HEAD`` is made before any checkpoint, so where there are some it was deleted, or made just now by another generation. Whoever
-        has settled one before knows what it said, and puts it back with the next change, unless there is one again: somebody who
-        empties a bucket, or loses one and makes it anew, does not end training.
+        ``HEAD`` is made before any checkpoint, so where there are some it was deleted, or made just now by another generation.
         """
-        if self._last is not None:
-            log.warning("%s is gone: somebody deleted it; it is put back", self._uri)
-            return None
         found = next(self._store.list(f"{self._prefix}/{CHECKPOINTS_KEY}"), None)
-        if found is None:
+        if found is None and not self._has_checkpoint:
             return None
         try:
             stored = self._store.read(self._uri)
         except ObjectMissing:
-            raise BadData(
-                f"{self._uri} is missing although there are checkpoints such as {found.uri}: someone deleted it; "
-                f"restore it, or delete everything below {self._prefix}/{CHECKPOINTS_KEY} to train from the start"
-            ) from None
+            raise self._lost(f"it is gone, although there is {found.uri}" if found else "everything is gone") from None
         return self._decoded(stored.body, stored.etag)
 
     def _decoded(self, body: bytes, etag: str) -> Seen:
@@ -174,6 +183,12 @@ class HeadWriter:
         except (PreconditionFailed, Ambiguous):
             return False
         return True
+
+    def _lost(self, what: str) -> CheckpointsLost:
+        return CheckpointsLost(
+            f"{self._uri}: {what}. Somebody deleted it, and nothing is committed until it is put back, with the checkpoints "
+            "that it lists, from the bucket's versions or a backup"
+        )
 
     def _stale(self, head: Head) -> Stale:
         return Stale(

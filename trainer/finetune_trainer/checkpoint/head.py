@@ -7,6 +7,8 @@ is there:
 
 - one of its own nonces: the change happened, by whichever of its writes;
 - a higher generation, or its own generation under a nonce it never wrote: it has been replaced, and writes no more;
+- nothing, where it has settled something before: somebody deleted ``HEAD``. It writes nothing either: only a fence makes ``HEAD``,
+  else one that was replaced long ago could make it anew, and commit;
 - anything else: the change has not happened *yet*, and is swapped in again, on top of what was read.
 
 An earlier write that arrives late finds an ETag that is gone, because no two HEADs are alike. A writer keeps all its
@@ -189,6 +191,11 @@ class Overtaken:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """Somebody deleted ``HEAD`` since this incarnation has settled it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Swap:
     """One change under way, between a read and the next write."""
 
@@ -199,12 +206,12 @@ class Swap:
     owned: frozenset[str] = frozenset()
     """The nonces of this incarnation's earlier changes, given up or settled."""
     last: Head | None = None
-    """What this incarnation last settled: where somebody has deleted ``HEAD`` since, it is put back."""
+    """What this incarnation last settled: since then there must be a ``HEAD``."""
 
-    def decide(self, seen: Seen | None, nonce: str) -> Write | Settled | Overtaken:
+    def decide(self, seen: Seen | None, nonce: str) -> Write | Settled | Overtaken | Lost:
         """Return what follows from what was read; a write that follows carries ``nonce``, which must be new."""
         if seen is None:
-            return Write(self._changed(self.last or Head(0, self.generation, ""), nonce), None)
+            return Lost() if self.last else Write(self._changed(Head(0, self.generation, ""), nonce), None)
         head = seen.head
         if head.nonce in self.attempted:
             return Settled(head)

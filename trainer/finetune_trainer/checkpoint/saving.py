@@ -32,7 +32,7 @@ from finetune_trainer.checkpoint.ranks import Ranks
 from finetune_trainer.checkpoint.retention import delete_folders, delete_orphans
 from finetune_trainer.checkpoint.shard import Layout, chunk_digests, copy_in
 from finetune_trainer.checkpoint.staging import Seal, Slot, Staging
-from finetune_trainer.errors import Stale, TrainingError
+from finetune_trainer.errors import CheckpointsLost, Stale, TrainingError
 from finetune_trainer.object_store import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ ENDS_TRAINING = (Stale,)
 """Nothing that this generation trains from here on could be committed. Every other failure costs that save and nothing else.
 
 Also a bucket or a ``HEAD`` that somebody deleted, and answers that are no S3 server's: what training holds may then be the only copy
-there is, to end it would lose that too, and the next save finds out whether it was mended. Before training, and where its
-result must be written at last, the same errors do end it.
+there is, to end it would lose that too, and the next save finds out whether it was mended. Before training the same errors do end it,
+and so does a bucket to which its result cannot be written.
 """
 
 NICENESS = 10  # of the background thread, where training needs the processor too
@@ -107,6 +107,7 @@ class Saver:
         self._saves = 0
         self._orphans_deleted = False
         self._failed: list[str] = []
+        self._is_lost = False
         self._under_way: deque[_UnderWay] = deque()
         self._thread = ThreadPoolExecutor(1, "saver", initializer=_yield_to_training)
 
@@ -169,14 +170,20 @@ class Saver:
         self._under_way.append(_UnderWay(slot, future))
 
     def _finish(self, slot: Slot, seal: Seal, folder: str, shard: Callable[[], Shard], started: float) -> Outcome:
-        step = seal.position.step
+        step, described = seal.position.step, shard()
         try:
+            if self._is_lost:
+                self._ranks.first(self._head_writer.require_own)
             kept = self._ranks.collect(
-                lambda: self._upload(slot, seal, folder, shard()), partial(self._commit, seal, folder)
+                lambda: self._upload(slot, seal, folder, described), partial(self._commit, seal, folder)
             )
         except TrainingError as error:
             self._failed.append(folder)
+            self._is_lost = isinstance(
+                error, CheckpointsLost
+            )  # then nothing more is uploaded that could not be committed
             return Outcome(step, time.monotonic() - started, error=error)
+        self._is_lost = False
         return Outcome(step, time.monotonic() - started, checkpoint=as_told(kept, self._prefix))
 
     def _seal(self, slot: Slot, seal: Seal) -> Shard:

@@ -1,9 +1,10 @@
 """Writing memory as one object: in parts side by side, each checked by the store, repeated alone, and aborted together.
 
 Each part goes with its SHA-256 in a signed header. The store refuses one that arrives broken, and only that one goes
-again. A part is a whole number of chunks, since the caller has hashed those: one chunk, but the last of four and more takes three.
-That pays for the two requests that begin and complete an upload, so that an object costs no more requests than it has chunks. Past
-78 GiB S3's limit of 10,000 parts makes them larger. A part of several chunks is hashed here.
+again. A part is a whole number of chunks, since the caller has hashed those: one chunk, but the last takes four. So up to four chunks go
+in one request, and more of them in one request less than there are, those that begin and complete the upload included. The last part is
+the longest, so it is sent first. Past 78 GiB S3's limit of 10,000 parts makes them larger. A part of several chunks is hashed here, after
+each of its chunks was found to be what the caller says.
 
 Completing is the one request that is not idempotent: repeated after a lost answer it fails because of its own success.
 So the upload carries a nonce as metadata, and after any failure a look at the object tells whether that one is ours.
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
+from finetune_trainer.errors import StorageUnavailable
 from finetune_trainer.object_store.paced_body import Pace, PacedBody
 from finetune_trainer.object_store.protocol import CHUNK_BYTES, UploadStopped, split_uri
 from finetune_trainer.object_store.s3_connection import Clients, Connection
@@ -29,7 +31,7 @@ T = TypeVar("T")
 
 MOST_PARTS = 10_000
 """Of one upload, in S3."""
-SAVED_FROM_PARTS = 4
+LAST_PART_CHUNKS = 4
 PARTS_IN_FLIGHT = 4
 NONCE_KEY = "upload-nonce"
 
@@ -48,8 +50,7 @@ def plan_parts(size_bytes: int) -> tuple[Part, ...]:
     chunks = -(-size_bytes // CHUNK_BYTES)
     part_bytes = max(1, -(-chunks // MOST_PARTS)) * CHUNK_BYTES
     starts = [*range(0, size_bytes, part_bytes)]
-    if len(starts) >= SAVED_FROM_PARTS:
-        del starts[-2:]
+    starts = starts[: max(1, len(starts) - LAST_PART_CHUNKS + 1)]
     return tuple(Part(i, start, end) for i, (start, end) in enumerate(pairwise([*starts, size_bytes]), start=1))
 
 
@@ -83,14 +84,14 @@ class Upload:
         parts = plan_parts(len(self._view))
         if self._stopped():
             raise UploadStopped(self._uri)
-        if len(parts) <= 1:
-            self._repeated(self._put)
-        else:
+        if len(parts) > 1:
             self._multipart(parts)
+        else:
+            self._put(Part(1, 0, len(self._view)))
 
-    def _put(self, clients: Clients) -> None:
-        digest = self._digests[0] if self._digests else hashlib.sha256().hexdigest()
-        clients.bulk.put_object(**self._object, **self._payload(0, len(self._view), digest))
+    def _put(self, whole: Part) -> None:
+        digest = self._digest(whole)
+        self._repeated(lambda clients: clients.bulk.put_object(**self._object, **self._payload(whole, digest)))
 
     def _multipart(self, parts: Sequence[Part]) -> None:
         upload = {**self._object, "UploadId": self._begin()}
@@ -107,9 +108,10 @@ class Upload:
         return str(answer["UploadId"])
 
     def _send(self, upload: dict[str, str], parts: Sequence[Part]) -> list[dict[str, Any]]:
-        """Send all parts and return what completing needs; the first failure ends the others."""
+        """Send all parts, the longest first, and return what completing needs; the first failure ends the others."""
         with ThreadPoolExecutor(PARTS_IN_FLIGHT, thread_name_prefix="upload") as pool:
-            futures = [pool.submit(self._send_part, upload, part) for part in parts]
+            last = pool.submit(self._send_part, upload, parts[-1])
+            futures = [*(pool.submit(self._send_part, upload, part) for part in parts[:-1]), last]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             raise _cause(errors)
@@ -121,7 +123,7 @@ class Upload:
         digest = self._digest(part)
 
         def send(clients: Clients) -> dict[str, Any]:
-            payload = self._payload(part.start, part.end, digest)
+            payload = self._payload(part, digest)
             answer = clients.bulk.upload_part(**upload, PartNumber=part.number, **payload)
             return {"PartNumber": part.number, "ETag": answer["ETag"], "ChecksumSHA256": payload["ChecksumSHA256"]}
 
@@ -132,12 +134,18 @@ class Upload:
             raise
 
     def _digest(self, part: Part) -> str:
-        if part.end - part.start <= CHUNK_BYTES:
-            return self._digests[part.start // CHUNK_BYTES]
-        return hashlib.sha256(self._view[part.start : part.end]).hexdigest()
+        chunks = range(part.start, part.end, CHUNK_BYTES)
+        if len(chunks) == 1:
+            return self._digests[part.start // CHUNK_BYTES]  # the store itself compares
+        for start in chunks:
+            if _sha256(self._view[start : min(start + CHUNK_BYTES, part.end)]) != self._digests[start // CHUNK_BYTES]:
+                raise StorageUnavailable(
+                    f"{self._uri} was not uploaded: it is not what the digests say, from byte {start}"
+                )
+        return _sha256(self._view[part.start : part.end])
 
-    def _payload(self, start: int, end: int, digest: str) -> dict[str, Any]:
-        body = PacedBody(self._view[start:end], self._uri, self._pace, self._is_over)
+    def _payload(self, part: Part, digest: str) -> dict[str, Any]:
+        body = PacedBody(self._view[part.start : part.end], self._uri, self._pace, self._is_over)
         return {"Body": body, "ChecksumSHA256": base64.b64encode(bytes.fromhex(digest)).decode()}
 
     def _complete(self, upload: dict[str, str], parts: list[dict[str, Any]]) -> None:
@@ -168,6 +176,10 @@ class Upload:
 
     def _is_over(self) -> bool:
         return self._failed.is_set() or self._stopped()
+
+
+def _sha256(view: memoryview) -> str:
+    return hashlib.sha256(view).hexdigest()
 
 
 def _cause(errors: Sequence[BaseException]) -> BaseException:
