@@ -20,6 +20,7 @@ from finetune_operator.health import Health
 from finetune_operator.jobserver.app import JobServer
 from finetune_operator.jobserver.auth import TokenVerifier
 from finetune_operator.jobserver.certificate_store import load_certificates, server_context, show
+from finetune_operator.jobserver.connections import cut_buffers
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.jobserver.tls import Certificates
 from finetune_operator.kube.api import JOBS, PODS, Resource
@@ -86,6 +87,7 @@ class Runtime:
         ``on_fatal`` is called when a part of the process has died. ``on_lost`` is called, from any thread, when the process has led and
         does no more: it must end the process at once.
         """
+        cut_buffers()
         health = Health()
         health_runner = await _listen(health.app(), settings.health_port, None)
         certificates = await _patiently(lambda: _prepare(settings))

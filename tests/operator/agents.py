@@ -37,7 +37,7 @@ from finetune_api.protocol import Order, Report, from_wire
 from tests.operator.simulation import SimulatedAgent
 
 TLS_RECORD_BYTES = 16 * 1024
-sslproto.SSLProtocol.max_size = TLS_RECORD_BYTES  # type: ignore[attr-defined]  # of each connection made from now on
+sslproto.SSLProtocol.max_size = TLS_RECORD_BYTES  # of each connection made from now on
 
 
 class NoOrder(Exception):

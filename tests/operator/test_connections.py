@@ -1,0 +1,42 @@
+"""TLS connections with small buffers: as small as they should be, and whole messages get through."""
+
+import asyncio
+import ssl
+from datetime import UTC, datetime
+
+import pytest
+
+from finetune_api.contract import REPORT_BYTES_LIMIT
+from finetune_operator.jobserver.certificate_store import server_context
+from finetune_operator.jobserver.connections import BUFFER_BYTES, cut_buffers
+from finetune_operator.jobserver.tls import make_certificates
+
+HOST = "finetune-operator.finetune-system.svc"
+
+
+@pytest.fixture
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asyncio.sslproto.SSLProtocol, "max_size", asyncio.sslproto.SSLProtocol.max_size)
+    cut_buffers()
+
+
+@pytest.mark.usefixtures("small_buffers")
+async def test_a_report_larger_than_the_buffer_arrives_whole() -> None:
+    certificates = make_certificates(HOST, datetime.now(UTC))
+    buffers: list[int] = []
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        buffers.append(len(writer.transport._ssl_protocol._ssl_buffer))  # type: ignore[attr-defined]
+        writer.write(await reader.readexactly(REPORT_BYTES_LIMIT))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(echo, "127.0.0.1", 0, ssl=server_context(certificates)) as server:
+        port = server.sockets[0].getsockname()[1]
+        context = ssl.create_default_context(cadata=certificates.authority)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=HOST)
+        said = bytes(range(256)) * (REPORT_BYTES_LIMIT // 256)
+        writer.write(said)
+        assert await reader.readexactly(len(said)) == said
+        writer.close()
+    assert buffers == [BUFFER_BYTES]
