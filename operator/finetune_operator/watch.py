@@ -27,6 +27,9 @@ async def run_operator(settings: Settings) -> None:
     Raises:
         KubeError: it cannot be started.
     """
+    logging.getLogger("kopf.objects").setLevel(
+        logging.WARNING
+    )  # else each event is a line, for its handler has succeeded
     registry = kopf.OperatorRegistry()
     stop = asyncio.Event()
     host = _Host(settings, stop)

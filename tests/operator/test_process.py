@@ -99,6 +99,7 @@ async def test_on_sigterm_the_lease_is_given_back_and_the_other_goes_on(two: Sce
     two.server.api.store(JOBS, job_body(name="another", uid="bbbbbccc-1"), "ADDED")
     await two.until(lambda: two.pods() == 4)
     assert two.processes["b"].returncode is None
+    assert "kopf.objects" not in two.log("a") + two.log("b"), "events are no news"
 
 
 async def test_one_that_was_stopped_for_longer_than_its_lease_ends_and_writes_nothing_more(two: Scene) -> None:
