@@ -4,17 +4,18 @@ As the real agent does, each one has two connections to the job server, on one o
 every so often when it has not, while it waits for another order on the other. Any answer but an order closes the connection, and it tries again later.
 
 Thousands of them fit into one process: HTTP is written by hand, and asyncio's buffer for TLS, 256 KiB a connection, is cut to the
-16 KiB that a TLS record may have.
+16 KiB that a TLS record may have. They make few handshakes at one time: what they wait for one another is no fault of the server's.
 """
 
 import asyncio
 import json
+import math
 import random
 import ssl
 from asyncio import sslproto
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
@@ -36,6 +37,7 @@ from finetune_api.contract import ORDER_PATH, ORDER_POLL_SECONDS, REPORT_PATH
 from finetune_api.protocol import Order, Report, from_wire
 from tests.operator.simulation import SimulatedAgent
 
+HANDSHAKES = 32
 TLS_RECORD_BYTES = 16 * 1024
 sslproto.SSLProtocol.max_size = TLS_RECORD_BYTES  # of each connection made from now on
 
@@ -56,6 +58,7 @@ class JobServerAccess:
     server_name: str
     context: ssl.SSLContext
     address: str = "127.0.0.1"
+    handshakes: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(HANDSHAKES))
 
 
 class Agent:
@@ -71,6 +74,7 @@ class Agent:
     ) -> None:
         self.mind = mind
         self.requests = 0
+        self.answered_at = -math.inf  # by the loop's clock, with an order
         self._access, self._token, self._on_start = access, token, on_start
         self._orders = Orders(self._obey)
         self._changed = asyncio.Event()
@@ -148,6 +152,7 @@ class Agent:
         token = await self._token()
         self.requests += 1
         try:
+            await connection.open(seconds)
             async with asyncio.timeout(seconds):
                 status, answer = await connection.ask(method, path, token, body)
         except (OSError, EOFError, TimeoutError, ValueError) as error:
@@ -156,6 +161,7 @@ class Agent:
         if status != 200:
             connection.close()
             raise NoOrder(answer.decode(), status)
+        self.answered_at = asyncio.get_running_loop().time()
         return from_wire(Order, json.loads(answer))
 
     def _obey(self, order: Order) -> None:
@@ -171,13 +177,18 @@ class _Connection:
         self._access = access
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self, method: str, path: str, token: str, body: bytes) -> tuple[int, bytes]:
-        """Return the status and the body of the answer to one request."""
+    async def open(self, seconds: float) -> None:
+        """See that there is a connection, made within so many seconds."""
+        access = self._access
         if self._streams is None:
-            access = self._access
-            self._streams = await asyncio.open_connection(
-                access.address, access.port(), ssl=access.context, server_hostname=access.server_name
-            )
+            async with access.handshakes, asyncio.timeout(seconds):
+                self._streams = await asyncio.open_connection(
+                    access.address, access.port(), ssl=access.context, server_hostname=access.server_name
+                )
+
+    async def ask(self, method: str, path: str, token: str, body: bytes) -> tuple[int, bytes]:
+        """Return the status and the body of the answer to one request on the open connection."""
+        assert self._streams is not None
         reader, writer = self._streams
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._access.server_name}\r\nAuthorization: Bearer {token}\r\n"
         writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
