@@ -267,8 +267,8 @@ class Client:
 
     async def conditions(self, path: str) -> set[str]:
         """Return the conditions that are true of an object."""
-        status = (await self.get(path)).get("status", {})
-        return {condition["type"] for condition in status.get("conditions", ()) if condition["status"] == "True"}
+        conditions = (await self.get(path)).get("status", {}).get("conditions") or ()  # null in a CRD that is new
+        return {condition["type"] for condition in conditions if condition["status"] == "True"}
 
     async def is_ready(self) -> bool:
         try:
