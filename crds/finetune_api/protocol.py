@@ -11,6 +11,7 @@ understood, and raises ``ValueError`` with the path of a field that is missing o
 """
 
 import dataclasses
+import functools
 import typing
 from dataclasses import dataclass, field
 from enum import Enum
@@ -347,8 +348,8 @@ class JobFile:
 def to_wire(value: Any) -> Any:
     """Return a message as plain JSON values under camelCase names, without fields that are unset (``None``)."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        members = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {_camel(name): to_wire(member) for name, member in members if member is not None}
+        members = ((f.on_wire, getattr(value, f.name)) for f in _fields(type(value)))
+        return {name: to_wire(member) for name, member in members if member is not None}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (list, tuple)):
@@ -364,15 +365,32 @@ def from_wire(kind: Type[T], value: Any, path: str = "$") -> T:
     """
     if not isinstance(value, dict):
         raise ValueError(path + ": must be an object")
-    hints = typing.get_type_hints(kind)
     members: Dict[str, Any] = {}
-    for f in dataclasses.fields(kind):  # type: ignore[arg-type]
-        name = _camel(f.name)
-        if name in value and value[name] is not None:
-            members[f.name] = _read(hints[f.name], value[name], path + "." + name)
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ValueError(path + "." + name + ": is missing")
+    for f in _fields(kind):  # type: ignore[arg-type]
+        if value.get(f.on_wire) is not None:
+            members[f.name] = _read(f.hint, value[f.on_wire], path + "." + f.on_wire)
+        elif f.is_required:
+            raise ValueError(path + "." + f.on_wire + ": is missing")
     return kind(**members)
+
+
+@dataclass(frozen=True)
+class _Field:
+    name: str
+    on_wire: str
+    hint: Any
+    is_required: bool
+
+
+@functools.lru_cache(maxsize=None)
+def _fields(kind: Type[Any]) -> Tuple[_Field, ...]:
+    """Looked up once for each type of message: types take longer to read than messages."""
+    hints = typing.get_type_hints(kind)
+    missing = dataclasses.MISSING
+    return tuple(
+        _Field(f.name, _camel(f.name), hints[f.name], f.default is missing and f.default_factory is missing)
+        for f in dataclasses.fields(kind)
+    )
 
 
 def _read(hint: Any, value: Any, path: str) -> Any:

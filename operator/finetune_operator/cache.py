@@ -63,14 +63,14 @@ class Cache:
         return set(self._pods)
 
     def observe_job(self, body: Mapping[str, Any], *, deleted: bool = False) -> JobKey:
-        """Take in what a watch, a list or an answer says of a job; an older version than the known one changes nothing."""
+        """Take in what a watch, a list or an answer says of a job; only a newer version than the known one changes it."""
         key, metadata = job_key(body), body["metadata"]
         known = self._jobs.get(key)
         if deleted:
             self.forget_job(key, metadata["uid"])
         elif metadata["uid"] in self._gone:
             pass
-        elif known is None or not _is_older(metadata["resourceVersion"], known.value["metadata"]["resourceVersion"]):
+        elif known is None or _is_newer(metadata["resourceVersion"], known.value["metadata"]["resourceVersion"]):
             self._jobs[key] = _Entry(_trimmed(body), self._sweep)
         else:
             known.seen = self._sweep
@@ -86,7 +86,7 @@ class Cache:
             self.forget_pod(pod.uid)
         elif pod.uid in self._gone:
             pass
-        elif known is None or not _is_older(pod.resource_version, known.value.resource_version):
+        elif known is None or _is_newer(pod.resource_version, known.value.resource_version):
             self._pods[pod.uid] = _Entry(pod, self._sweep)
             self._pods_of[pod.job_uid].add(pod.uid)
         else:
@@ -154,6 +154,6 @@ def _trimmed(body: Mapping[str, Any]) -> dict[str, Any]:
     return {"metadata": metadata, "spec": body.get("spec", {}), "status": body.get("status") or {}}
 
 
-def _is_older(new: str, known: str) -> bool:
-    """Tell whether a resource version is the older one; they are ordered numbers, also between objects of one kind."""
-    return int(new) < int(known)
+def _is_newer(new: str, known: str) -> bool:
+    """Tell whether a resource version is the newer one; they are ordered numbers, also between objects of one kind."""
+    return int(new) > int(known)

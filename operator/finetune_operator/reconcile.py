@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.job import FineTuneJob, parse_job
-from finetune_operator.cache import Cache, JobKey
+from finetune_operator.cache import Cache, JobKey, job_key
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.api import CONFIG_MAPS, JOBS, NETWORK_POLICIES, PODS, KubeApi
 from finetune_operator.kube.errors import Conflict, Forbidden, Invalid, NotFound
@@ -54,6 +54,7 @@ class Reconciler:
         # By job uid: the spec whose ConfigMap and NetworkPolicy this process has applied.
         self._furnished: dict[str, int] = {}
         self._obstacles: dict[str, Problem] = {}
+        self._line: dict[JobKey, Turn] = {}  # of the jobs that could not be placed when they were looked at last
 
     async def reconcile(self, key: JobKey) -> float | None:
         """Do what the job needs now, and return in how many seconds to look again, if so.
@@ -61,6 +62,7 @@ class Reconciler:
         Raises:
             KubeError: a request failed; nothing is lost by trying again.
         """
+        self._line.pop(key, None)
         body = self._cache.job(key)
         if body is None:
             return None
@@ -105,8 +107,7 @@ class Reconciler:
         uids = {pod.uid for pod in pods}
         if job.status is not None and job.status.gang is not None:
             uids |= {member.uid for member in job.status.gang.members}  # the last word of one that is gone counts
-        waits = self._is_refused(job.metadata.uid) or any(pod.unschedulable for pod in pods)
-        own, others = turn_of(body), self._turns_of_waiting_jobs(job.metadata.uid) if waits else []
+        senior_waits, junior_waits = self._neighbours(body, pods)
         return Observation(
             job=job,
             pods=pods,
@@ -116,19 +117,23 @@ class Reconciler:
             hearing=self._reports.hearing,
             silent_seconds=self._settings.silent_seconds,
             most_nodes_lost=any(pod.node_lost for pod in pods) and self._cache.most_nodes_lost(),
-            senior_waits=any(turn < own for turn in others),
-            junior_waits=any(turn > own for turn in others),
+            senior_waits=senior_waits,
+            junior_waits=junior_waits,
             now=self._clock(),
         )
 
-    def _turns_of_waiting_jobs(self, uid: str) -> list[Turn]:
-        """Return the places in the line of the other jobs that cannot be placed."""
-        return [
-            turn_of(body)
-            for body in self._cache.jobs()
-            if (other := body["metadata"]["uid"]) != uid
-            and is_waiting(body, self._cache.pods_of(other), refused=self._is_refused(other))
-        ]
+    def _neighbours(self, body: Mapping[str, Any], pods: Sequence[PodView]) -> tuple[bool, bool]:
+        """Tell whether jobs that go before and after this one cannot be placed either, and note its own place in their line.
+
+        The line is kept, for in a full cluster each of a thousand jobs would else look at the pods of all others.
+        """
+        own, refused = turn_of(body), self._is_refused(body["metadata"]["uid"])
+        waits = refused or any(pod.unschedulable for pod in pods)
+        senior_waits = waits and any(turn < own for turn in self._line.values())
+        junior_waits = waits and any(turn > own for turn in self._line.values())
+        if is_waiting(body, pods, refused=refused):
+            self._line[job_key(body)] = own
+        return senior_waits, junior_waits
 
     def _is_refused(self, job_uid: str) -> bool:
         obstacle = self._obstacles.get(job_uid)

@@ -20,6 +20,7 @@ from finetune_operator.health import Health
 from finetune_operator.jobserver.app import JobServer
 from finetune_operator.jobserver.auth import TokenVerifier
 from finetune_operator.jobserver.certificate_store import load_certificates, server_context, show
+from finetune_operator.jobserver.connections import cut_buffers, give_memory_back
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.jobserver.tls import Certificates
 from finetune_operator.kube.api import JOBS, PODS, Resource
@@ -40,6 +41,7 @@ CONFLICT_SECONDS = 0.05
 START_RETRY_SECONDS = 2.0
 CERTIFICATE_SECONDS = 3600.0
 LABEL_SECONDS = 30.0
+MEMORY_SECONDS = 15.0  # takes 15 ms for 300 MiB
 LABEL_RETRY_SECONDS = 1.0
 GOODBYE_SECONDS = 1.0  # for requests that are being answered when the process stops
 
@@ -86,6 +88,7 @@ class Runtime:
         ``on_fatal`` is called when a part of the process has died. ``on_lost`` is called, from any thread, when the process has led and
         does no more: it must end the process at once.
         """
+        cut_buffers()
         health = Health()
         health_runner = await _listen(health.app(), settings.health_port, None)
         certificates = await _patiently(lambda: _prepare(settings))
@@ -97,6 +100,7 @@ class Runtime:
         runtime._runners.append(await _listen(runtime._job_server.app(), settings.job_server_port, runtime._tls))
         runtime._spawn(runtime._resync(), "resync", on_fatal)
         runtime._spawn(runtime._keep_certificates(), "certificates", on_fatal)
+        runtime._spawn(runtime._keep_small(), "memory", on_fatal)
         runtime._stand_for_election(on_fatal, on_lost)
         health.ready = True
         logger.info("standing by")
@@ -221,6 +225,11 @@ class Runtime:
                 logger.warning("cannot read the job server's certificates now: %s", error)
             else:
                 show(self._tls, self._certificates)
+
+    async def _keep_small(self) -> None:
+        while True:
+            await asyncio.sleep(MEMORY_SECONDS)
+            give_memory_back()
 
     async def _work(self) -> None:
         while True:

@@ -106,7 +106,7 @@ class Settings(ApiModel):
     workers: int = Field(default=8, ge=1, le=256)
     """How many jobs are reconciled at a time."""
     progress_seconds: float = Field(default=10.0, ge=0)
-    """At most one status write for progress alone in this time, per job."""
+    """At most one status write for progress alone, or for how far a start is, in this time, per job."""
     silent_seconds: float = Field(default=30.0, ge=20)
     """An agent that is silent for so long is lost, unless all are or its gang goes on. They say something every 10 s; a lost answer costs
     one 10 s more, and trying again up to 5."""

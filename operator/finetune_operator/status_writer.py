@@ -1,11 +1,12 @@
 """One status write, only if something differs, always against the version that it was computed from.
 
 Progress alone is written at most every ``progress_seconds`` for a job and ``PROGRESS_WRITES_PER_SECOND`` times a second in all: etcd keeps
-every version of an object. So is how saving goes, where a generation started, with what those before it have lost by that, and goodput. Whatever
-else changes is written at once, and takes the newest of these along.
+every version of an object. So is how saving goes, where a generation started, with what those before it have lost by that, and goodput; and how
+far a start is, which else would cost a large gang a write, of all its members, for each of them. Whatever else changes is written at
+once, and takes the newest of these along.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from finetune_api.job import FineTuneJob
 from finetune_api.status import JobStatus
 from finetune_operator.kube.api import JOBS, KubeApi
 from finetune_operator.merge_patch import merge_patch
+from finetune_operator.plan.pending import ON_THE_WAY
 
 PROGRESS_WRITES_PER_SECOND = 20.0
 # An attempt is added beside a new generation or the job's end, which are written at once: alone, only its lost steps are new.
@@ -38,10 +40,11 @@ class StatusWriter:
             NotFound: the job is gone.
         """
         old = job.status.to_wire() if job.status else {}
-        patch = merge_patch(old, status.to_wire())
+        new = status.to_wire()
+        patch = merge_patch(old, new)
         if not patch:
             return None
-        wait = self._wait_seconds(job.metadata.uid, now) if patch.keys() <= CAN_WAIT else 0.0
+        wait = self._wait_seconds(job.metadata.uid, now) if _can_wait(old, new, patch) else 0.0
         if wait > 0:
             return wait
         metadata = job.metadata
@@ -67,3 +70,23 @@ class StatusWriter:
             turn = self._turns[uid] = max(now, self._next_turn or now)
             self._next_turn = turn + timedelta(seconds=1.0 / PROGRESS_WRITES_PER_SECOND)
         return (self._turns[uid] - now).total_seconds()
+
+
+def _can_wait(old: Mapping[str, Any], new: Mapping[str, Any], patch: Mapping[str, Any]) -> bool:
+    """Tell whether a patch says no more than how training, or a start, goes on."""
+    beside, gang = patch.keys() - CAN_WAIT, patch.get("gang", {})
+    if beside - {"conditions", "gang"} or gang is None or gang.keys() - {"ready"}:
+        return False
+    return "conditions" not in patch or _is_same_start(old.get("conditions", ()), new["conditions"])
+
+
+def _is_same_start(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether the same conditions hold, and say the same but for how far a start is."""
+    known = {condition["type"]: condition for condition in old}
+    return known.keys() == {condition["type"] for condition in new} and all(
+        condition == known[condition["type"]] or _goes_on(known[condition["type"]], condition) for condition in new
+    )
+
+
+def _goes_on(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return old["status"] == new["status"] and {old["reason"], new["reason"]} <= ON_THE_WAY

@@ -27,6 +27,9 @@ async def run_operator(settings: Settings) -> None:
     Raises:
         KubeError: it cannot be started.
     """
+    logging.getLogger("kopf.objects").setLevel(
+        logging.WARNING
+    )  # else each event is a line, for its handler has succeeded
     registry = kopf.OperatorRegistry()
     stop = asyncio.Event()
     host = _Host(settings, stop)
@@ -50,6 +53,20 @@ async def run_operator(settings: Settings) -> None:
         raise
     if host.failed:
         raise SystemExit(1)
+
+
+class _NoComparison(kopf.DiffBaseStorage):  # type: ignore[misc]  # kopf is not followed
+    """Compares no versions of an object. kopf does so for handlers of changes, of which there are none, and copies each object twice for it."""
+
+    def build(self, **_: Any) -> Any:
+        """Return what kopf would compare."""
+        return {}
+
+    def fetch(self, **_: Any) -> None:
+        """Return what it has kept of an object."""
+
+    def store(self, **_: Any) -> None:
+        """Keep nothing."""
 
 
 class _Host:
@@ -103,6 +120,7 @@ def _login(**kwargs: Any) -> Any:
 def _kopf_settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.persistence.finalizer = f"{GROUP}/unused"  # kopf strips a finalizer of this name when no handler needs it
+    settings.persistence.diffbase_storage = _NoComparison()
     settings.watching.server_timeout = 600
     settings.watching.client_timeout = 660
     settings.watching.connect_timeout = 10

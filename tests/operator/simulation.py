@@ -34,7 +34,7 @@ from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.api import JOBS, PODS
 from finetune_operator.kube_object import KubeObject
 from finetune_operator.plan.observation import instant
-from finetune_operator.plan.orders import order_for
+from finetune_operator.plan.orders import orders_for
 from finetune_operator.reconcile import Reconciler
 from tests.operator import kstatus
 from tests.operator.documents import NOON, job_body, settings
@@ -247,7 +247,7 @@ class Cluster:
             return False  # 404: not known (yet)
         news = self.reports.hear(agent.report())
         body = self.cache.job(KEY)
-        order = order_for(parse_job(body), uid) if body else Order(Action.WAIT)
+        order = orders_for(parse_job(body)).to(uid) if body else Order(Action.WAIT)
         if order.action == Action.RUN:
             self.told[order.generation].add((order.rank, uid, order.nodes, order.master_address, order.master_port))
         if agent.obey(order):

@@ -16,7 +16,7 @@ from finetune_api.protocol import AgentState, Exit, Heartbeat, Order, Phase, Rep
 from finetune_api.status import JobStatus
 from finetune_operator.plan.lifecycle import plan_job
 from finetune_operator.plan.observation import Heard, Hearing, Observation, Plan, Problem, timestamp
-from finetune_operator.plan.orders import order_for
+from finetune_operator.plan.orders import orders_for
 from finetune_operator.render.names import pod_name
 from finetune_operator.views import ContainerView, PodView
 from tests.operator.documents import NOON, RECIPE, a_job
@@ -273,7 +273,7 @@ class Story:
 
     def order(self, rank: int) -> Order:
         """Return what the agent of a rank's newest pod is told."""
-        return order_for(self.job, self.pod(rank).uid)
+        return orders_for(self.job).to(self.pod(rank).uid)
 
     def edit(self, **spec: Any) -> None:
         """A user edits spec (python names)."""

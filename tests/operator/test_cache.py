@@ -58,6 +58,14 @@ def test_an_older_state_changes_nothing_whoever_tells_it() -> None:
     assert cache.pod("pod-1").phase == "Running"
 
 
+def test_what_a_watch_repeats_of_a_state_that_an_answer_has_shown_leaves_it_as_it_is() -> None:
+    cache = Cache()
+    key = cache.observe_job(job_body(resourceVersion="7"))
+    known = cache.job(key)
+    cache.observe_job(job_body(resourceVersion="7"))
+    assert cache.job(key) is known, "else what has been made from it would be made again"
+
+
 def test_resource_versions_are_compared_as_numbers() -> None:
     cache = Cache()
     cache.observe_job(job(99, phase="old"))

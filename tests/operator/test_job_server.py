@@ -409,6 +409,50 @@ async def test_a_key_that_the_cluster_has_added_is_found(scene: Scene, monkeypat
     assert (await scene.report(token=scene.token(kid="next")))[0] == 200
 
 
+async def test_a_key_that_the_cluster_has_taken_back_signs_no_token_that_was_good_before(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = scene.token()
+    assert (await scene.report(token=token))[0] == 200
+    scene.api.documents[JWKS_PATH] = jwks(scene.keys, "next")
+    monkeypatch.setattr(scene.verifier, "_next_fetch", 0.0)
+    assert (await scene.report(token=scene.token(kid="next")))[0] == 200
+    assert (await scene.report(token=token))[0] == 401
+
+
+async def test_a_token_that_was_good_before_is_refused_when_it_has_expired(scene: Scene) -> None:
+    token = scene.token(seconds=2)
+    assert [(await scene.report(token=token))[0] for _ in range(2)] == [200, 200]
+    async with asyncio.timeout(10):
+        while (await scene.report(token=token))[0] == 200:
+            await asyncio.sleep(0.05)
+
+
+async def test_a_token_is_verified_once_and_remembered_as_that_of_its_own_pod(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified: list[str] = []
+    decode = jwt.decode
+
+    def spy(token: str, **arguments: Any) -> dict[str, Any]:
+        verified.append(token)
+        return decode(token, **arguments)
+
+    monkeypatch.setattr(jwt, "decode", spy)
+    mine, other = scene.token(), scene.token(uid="pod-2")
+    for _ in range(2):
+        assert (await scene.report(token=mine))[0] == 200
+        assert (await scene.report(token=other))[0] == 403, "what is remembered is whose it is"
+    assert verified == [mine, other]
+
+
+async def test_only_so_many_tokens_are_kept_at_hand(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_operator.jobserver.auth.TOKENS_AT_HAND", 2)
+    for number in range(5):
+        await scene.report(token=scene.token(jti=str(number)))
+    assert len(scene.verifier._verified) == 2
+
+
 @pytest.mark.parametrize("path", [JWKS_PATH, DISCOVERY_PATH], ids=["keys", "issuer"])
 async def test_an_api_server_that_is_away_is_no_fault_of_the_token(
     scene: Scene, path: str, monkeypatch: pytest.MonkeyPatch
@@ -479,7 +523,7 @@ async def test_only_so_many_jobs_are_kept_at_hand(scene: Scene, monkeypatch: pyt
     monkeypatch.setattr("finetune_operator.jobserver.app.JOBS_AT_HAND", 2)
     for number in range(5):
         body = job_body(name=f"job-{number}", uid=f"uid-{number}")
-        scene.server._parsed(JobKey(("team-a", f"job-{number}")), body)
+        scene.server._read(JobKey(("team-a", f"job-{number}")), body)
     assert [name for _, name in scene.server._at_hand] == ["job-3", "job-4"]
 
 

@@ -4,13 +4,13 @@ import pytest
 
 from finetune_api.contract import ExitCode
 from finetune_api.protocol import Action, Checkpoint, Order
-from finetune_operator.plan.orders import order_for
+from finetune_operator.plan.orders import orders_for
 from tests.operator.documents import a_job
 from tests.operator.story import Story
 
 
 def test_without_a_status_an_agent_waits() -> None:
-    assert order_for(a_job(), "pod-1") == Order(action=Action.WAIT)
+    assert orders_for(a_job()).to("pod-1") == Order(action=Action.WAIT)
 
 
 def test_before_the_members_are_committed_all_agents_wait_in_the_minted_generation() -> None:
@@ -51,7 +51,7 @@ def test_who_runs_is_told_that_the_job_has_committed_a_checkpoint_and_so_cannot_
 
 def test_a_pod_that_is_no_member_waits() -> None:
     story = Story().trains()
-    assert order_for(story.job, "stranger") == Order(action=Action.WAIT, generation=1)
+    assert orders_for(story.job).to("stranger") == Order(action=Action.WAIT, generation=1)
 
 
 def test_a_pod_that_was_replaced_waits_in_the_new_generation_and_so_ends_the_old_one() -> None:
@@ -60,8 +60,8 @@ def test_a_pod_that_was_replaced_waits_in_the_new_generation_and_so_ends_the_old
     story.go()
     story.pods_start(1)
     story.go()
-    assert order_for(story.job, "pod-2") == Order(action=Action.WAIT, generation=2)
-    assert order_for(story.job, "pod-3").action == Action.RUN
+    assert orders_for(story.job).to("pod-2") == Order(action=Action.WAIT, generation=2)
+    assert orders_for(story.job).to("pod-3").action == Action.RUN
 
 
 ENDS = {"succeeded": lambda s: s.workers_succeed(), "failed": lambda s: s.worker_ends(0, ExitCode.BAD_DATA)}
@@ -72,13 +72,13 @@ def test_when_the_job_has_ended_every_agent_is_told_to_finish_member_or_not(end)
     story = Story().trains()
     end(story)
     story.go()
-    assert {order_for(story.job, uid).action for uid in ("pod-1", "pod-2", "stranger")} == {Action.FINISH}
+    assert {orders_for(story.job).to(uid).action for uid in ("pod-1", "pod-2", "stranger")} == {Action.FINISH}
 
 
 def test_orders_do_not_depend_on_what_is_known_of_pods_or_on_what_is_asked_for_next() -> None:
     story = Story().trains()
-    before = [order_for(story.job, uid) for uid in ("pod-1", "pod-2")]
+    before = [orders_for(story.job).to(uid) for uid in ("pod-1", "pod-2")]
     story.vanish_all()
     story.heard.clear()
     story.edit(suspend=True, workers=story.job.spec.workers.model_copy(update={"nodes": 9}))
-    assert [order_for(story.job, uid) for uid in ("pod-1", "pod-2")] == before
+    assert [orders_for(story.job).to(uid) for uid in ("pod-1", "pod-2")] == before

@@ -2,9 +2,11 @@
 
 import asyncio
 import copy
+from typing import Any
 
 import pytest
 
+from finetune_operator.cache import JobKey
 from finetune_operator.kube.api import CONFIG_MAPS, JOBS, PODS
 from finetune_operator.kube.errors import Conflict, Forbidden, Unavailable
 from tests.operator.documents import job_body
@@ -134,28 +136,56 @@ async def test_one_failed_creation_does_not_keep_the_other_pods_from_being_made(
     assert len(cluster.pods()) == 2
 
 
-async def test_half_a_gang_sees_who_else_waits_and_gives_way_to_who_goes_first() -> None:
+OTHER = JobKey(("team-a", "other"))
+NO_ROOM = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no room"}]
+
+
+async def half_a_gang_beside_an_older_job() -> tuple[Cluster, dict[str, Any]]:
+    """Return a cluster with room for one pod of its job, and a pod of the other job for which there is none."""
     cluster = Cluster()
     await cluster.reconcile()
     cluster.watch()
     one, two = (pod["metadata"]["uid"] for pod in cluster.pods())
-    no_room = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no room"}]
-    cluster.change_pod(two, conditions=no_room)
+    cluster.change_pod(two, conditions=NO_ROOM)
     cluster.start_pod(one)
     placed = next(copy.deepcopy(pod) for pod in cluster.pods() if pod["metadata"]["uid"] == one)
     cluster.api.store(PODS, placed | {"spec": placed["spec"] | {"nodeName": "node-1"}})
-    other = job_body(name="other", uid="bbbbbbbb", creationTimestamp="2026-01-01T11:59:59Z")
-    cluster.cache.observe_job(other | {"status": {"gang": {"generation": 1, "nodes": 2}}})
+    older = job_body(name="other", uid="bbbbbbbb", creationTimestamp="2026-01-01T11:59:59Z")
+    cluster.api.store(JOBS, older | {"status": {"gang": {"generation": 1, "nodes": 2}}}, "ADDED")
     owner = [placed["metadata"]["ownerReferences"][0] | {"name": "other", "uid": "bbbbbbbb"}]
     others_pod = {"name": "other-0", "uid": "others", "resourceVersion": "1", "ownerReferences": owner}
-    waiting = placed | {"metadata": placed["metadata"] | others_pod, "status": {"conditions": no_room}}
     cluster.watch()
+    return cluster, placed | {"metadata": placed["metadata"] | others_pod, "status": {"conditions": NO_ROOM}}
+
+
+async def test_half_a_gang_sees_who_else_waits_and_gives_way_to_who_goes_first() -> None:
+    cluster, waiting = await half_a_gang_beside_an_older_job()
     assert await cluster.reconcile() == 15.0
     assert cluster.generation == 1, "the other one has all it needs"
     cluster.cache.observe_pod(waiting)
+    await cluster.reconciler.reconcile(OTHER)
     await cluster.reconcile()
     assert message(cluster).startswith("GaveWay: ")
-    assert all("deletionTimestamp" in pod["metadata"] for pod in cluster.pods())
+    own = [pod for pod in cluster.pods() if pod["metadata"]["labels"]["finetune.dev/job"] == "sentiment"]
+    assert len(own) == 2
+    assert all("deletionTimestamp" in pod["metadata"] for pod in own)
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["who has been placed", "who has been deleted"])
+async def test_nobody_gives_way_to(gone: bool) -> None:
+    cluster, waiting = await half_a_gang_beside_an_older_job()
+    cluster.cache.observe_pod(waiting)
+    await cluster.reconciler.reconcile(OTHER)
+    if gone:
+        cluster.api.remove(JOBS, *OTHER)
+        cluster.watch()
+    else:
+        cluster.cache.observe_pod(
+            waiting | {"metadata": waiting["metadata"] | {"resourceVersion": "9999"}, "status": {"phase": "Running"}}
+        )
+    await cluster.reconciler.reconcile(OTHER)
+    await cluster.reconcile()
+    assert cluster.generation == 1
 
 
 async def test_deleting_what_is_gone_already_is_no_error_and_ends_there() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from finetune_api.job import FineTuneJob, parse_job
 from finetune_api.protocol import ResumeSource
-from finetune_api.status import Attempt, Gang, JobProgress, JobResumed, JobSaves, JobStatus
+from finetune_api.status import Attempt, Condition, Gang, JobPhase, JobProgress, JobResumed, JobSaves, JobStatus, Member
 from finetune_operator.kube.api import JOBS
 from finetune_operator.kube.errors import Conflict, NotFound
 from finetune_operator.status_writer import StatusWriter
@@ -100,6 +100,46 @@ async def test_what_is_told_at_every_save_waits_for_its_time_as_progress_does(ch
     assert scene.writes == 2, "and goes along with what is written at once"
     assert scene.job().status.observed_generation == 3
     assert all(getattr(scene.job().status, name) == value for name, value in changes.items())
+
+
+def starting(reason: str, message: str = "", *, holds: str = "True", kind: str = "Reconciling") -> dict:
+    conditions = [Condition(type=kind, status=holds, reason=reason, message=message, last_transition_time="")]
+    return {"conditions": conditions, "gang": Gang(generation=1, nodes=2)}
+
+
+GOES_ON = {
+    "the next reason of a start": starting("ContainerCreating"),
+    "other ranks that are waited for": starting("Creating", "rank 1 of 2: the pod is being created"),
+    "how many have started": starting("Starting") | {"gang": Gang(generation=1, nodes=2, ready=1)},
+}
+IS_NEWS = {
+    "what a start cannot go on with": starting("Unschedulable"),
+    "a condition that holds no more": starting("Creating", holds="False"),
+    "a condition that was not there": starting("Creating", kind="Stalled"),
+    "a phase": starting("Starting") | {"phase": JobPhase.RUNNING},
+    "members": {"gang": Gang(generation=1, nodes=2, members=[Member(rank=0, pod="p", uid="u")])},
+    "a generation": {"gang": Gang(generation=2, nodes=2)},
+}
+
+
+@pytest.mark.parametrize("changes", GOES_ON.values(), ids=[f"{name} waits" for name in GOES_ON])
+async def test_how_far_a_start_is_waits_for_its_time_as_progress_does(changes: dict) -> None:
+    scene = Scene()
+    await scene.write(**starting("Creating"))
+    scene.wait(4)
+    assert await scene.write(**changes) == pytest.approx(6)
+    assert scene.writes == 1
+    scene.wait(6)
+    assert await scene.write(**changes) is None
+    assert scene.writes == 2
+
+
+@pytest.mark.parametrize("changes", IS_NEWS.values(), ids=[f"{name} is told at once" for name in IS_NEWS])
+async def test_what_changes_a_start_does_not_wait(changes: dict) -> None:
+    scene = Scene()
+    await scene.write(**starting("Creating"))
+    assert await scene.write(**changes) is None
+    assert scene.writes == 2
 
 
 async def test_an_attempt_beside_a_new_generation_is_written_at_once() -> None:

@@ -10,27 +10,27 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from aiohttp import web
 from pydantic import ValidationError
 
 from finetune_api.contract import ORDER_PATH, ORDER_POLL_SECONDS, REPORT_BYTES_LIMIT, REPORT_PATH
-from finetune_api.job import FineTuneJob, parse_job
+from finetune_api.job import parse_job
 from finetune_api.protocol import SERVED_VERSIONS, Action, Order, Report, from_wire, to_wire
 from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.auth import Caller, TokenVerifier, Unauthorized
 from finetune_operator.jobserver.plausible import check_plausible
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.errors import KubeError
-from finetune_operator.plan.orders import order_for
+from finetune_operator.plan.orders import Orders, orders_for
 from finetune_operator.views import PodView
 
 logger = logging.getLogger(__name__)
 
-JOBS_AT_HAND = (
-    64  # whose agents ask: all of a gang do at once when its status changes, and a large status takes long to parse
-)
+JOBS_AT_HAND = 4096  # whose agents ask, each every few seconds; reading a job takes longer than all else of an answer
+ORDERS_AT_HAND = 4096  # as JSON
 
 
 class JobServer:
@@ -48,7 +48,9 @@ class JobServer:
         self._cache, self._reports, self._verifier = cache, reports, verifier
         self._leads, self._on_news = leads, on_news
         self._changed: dict[JobKey, asyncio.Event] = {}
-        self._at_hand: dict[JobKey, tuple[dict[str, Any], FineTuneJob]] = {}  # as cached, and parsed; the oldest first
+        self._at_hand: dict[
+            JobKey, tuple[dict[str, Any], Orders]
+        ] = {}  # with what they were made from; the oldest first
 
     def app(self) -> web.Application:
         """Return the web application."""
@@ -78,13 +80,14 @@ class JobServer:
             raise _refusal(web.HTTPBadRequest, f"protocol {report.protocol} is not served; served: {SERVED_VERSIONS}")
         pod = self._own_pod(caller, report.pod_uid)
         key = JobKey((pod.namespace, pod.job))
-        order, committed = self._order(key, pod), self._committed_generation(key, pod)
-        if committed is not None and report.generation > committed:
-            why = f"generation {report.generation} is not known (yet): the newest is {committed}"
+        self._check_that_it_leads()
+        orders = self._orders(key, pod)
+        if orders is not None and report.generation > orders.generation:
+            why = f"generation {report.generation} is not known (yet): the newest is {orders.generation}"
             raise _refusal(web.HTTPConflict, why)
         if self._reports.hear(report):
             self._on_news(key)
-        return web.json_response(to_wire(order))
+        return _answer(_order(orders, pod))
 
     async def _get_order(self, request: web.Request) -> web.Response:
         caller = await self._caller(request)
@@ -96,45 +99,35 @@ class JobServer:
         loop = asyncio.get_running_loop()
         until = loop.time() + ORDER_POLL_SECONDS
         while True:
-            order = self._order(key, pod)
+            self._check_that_it_leads()
+            order = _order(self._orders(key, pod), pod)
             left = until - loop.time()
             if (order.action.value, str(order.generation)) != known or left <= 0:
-                return web.json_response(to_wire(order))
+                return _answer(order)
             event = self._changed.setdefault(key, asyncio.Event())
             try:
                 await asyncio.wait_for(event.wait(), left)
             except TimeoutError:
                 continue
 
-    def _order(self, key: JobKey, pod: PodView) -> Order:
-        self._check_that_it_leads()
-        job = self._job(key, pod)
-        return order_for(job, pod.uid) if job else Order(action=Action.WAIT)
-
-    def _committed_generation(self, key: JobKey, pod: PodView) -> int | None:
-        job = self._job(key, pod)
-        if job is None:
-            return None
-        return job.status.gang.generation if job.status and job.status.gang else 0
-
-    def _job(self, key: JobKey, pod: PodView) -> FineTuneJob | None:
-        """Return a pod's job, or None when nothing can be said of it: what runs goes on, for an agent obeys no lower generation."""
+    def _orders(self, key: JobKey, pod: PodView) -> Orders | None:
+        """Return what a job's agents are told, or None when nothing can be said: what runs goes on, for an agent obeys no lower generation."""
         body = self._cache.job(key)
         if body is None or body["metadata"]["uid"] != pod.job_uid:
             return None  # gone, and the garbage collector is on its way
         try:
-            return self._parsed(key, body)
+            return self._read(key, body)
         except ValidationError:  # written by a newer version
             return None
 
-    def _parsed(self, key: JobKey, body: dict[str, Any]) -> FineTuneJob:
-        cached, job = self._at_hand.pop(key, (None, None))
-        if job is None or cached is not body:  # the cache holds another object for each version
-            job = parse_job(body)
-        self._at_hand[key] = body, job
+    def _read(self, key: JobKey, body: dict[str, Any]) -> Orders:
+        cached, orders = self._at_hand.pop(key, (None, None))
+        if orders is None or cached is not body:  # the cache holds another object for each version
+            orders = orders_for(parse_job(body))
+        self._at_hand[key] = body, orders
         while len(self._at_hand) > JOBS_AT_HAND:
             del self._at_hand[next(iter(self._at_hand))]
-        return job
+        return orders
 
     def _check_that_it_leads(self) -> None:
         if not self._leads():
@@ -157,6 +150,19 @@ class JobServer:
         if pod is None:
             raise _refusal(web.HTTPNotFound, "this pod is not known (yet) as one of a job's")
         return pod
+
+
+def _order(orders: Orders | None, pod: PodView) -> Order:
+    return orders.to(pod.uid) if orders is not None else Order(action=Action.WAIT)
+
+
+def _answer(order: Order) -> web.Response:
+    return web.Response(body=_encoded(order), content_type="application/json")
+
+
+@lru_cache(maxsize=ORDERS_AT_HAND)
+def _encoded(order: Order) -> bytes:
+    return json.dumps(to_wire(order)).encode()
 
 
 def _refusal(kind: type[web.HTTPException], why: str) -> web.HTTPException:

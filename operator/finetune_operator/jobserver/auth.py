@@ -2,9 +2,14 @@
 
 No TokenReview: it is cluster-scoped and costs the API server a write for each check. What a signature cannot say, that the pod still
 exists, is known from the cache: the token names the pod's uid, which is never given twice.
+
+An agent shows one token for most of an hour, every few seconds. What has been verified is remembered by its digest until it expires, or the
+keys are read anew: to verify it (0.2 ms) takes longer than the rest of an answer.
 """
 
 import asyncio
+import hashlib
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +23,7 @@ JWKS_PATH = "/openid/v1/jwks"
 DISCOVERY_PATH = "/.well-known/openid-configuration"
 ALGORITHMS = ["RS256", "ES256"]
 REFRESH_SECONDS = 10.0  # unknown key ids cause no more than one fetch in this time
+TOKENS_AT_HAND = 16384
 RETRY_SECONDS = 1.0  # and no more than one in this time after a fetch that failed
 
 
@@ -44,6 +50,7 @@ class TokenVerifier:
         self._next_fetch = float("-inf")
         self._failure: KubeError | None = None
         self._lock = asyncio.Lock()
+        self._verified: dict[bytes, tuple[Caller, float]] = {}  # by digest: whose, and until when; the oldest first
 
     async def verify(self, authorization: str | None) -> Caller:
         """Return whose token an ``Authorization`` header carries.
@@ -55,9 +62,21 @@ class TokenVerifier:
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Unauthorized("a bearer token is required")
+        digest = hashlib.sha256(token.encode()).digest()
+        caller, expires = self._verified.get(digest, (None, 0.0))
+        if caller is not None and time.time() < expires:
+            return caller
+        claims = await self._claims(token)
+        caller = _caller(claims)
+        self._verified[digest] = caller, float(claims["exp"])
+        while len(self._verified) > TOKENS_AT_HAND:
+            del self._verified[next(iter(self._verified))]
+        return caller
+
+    async def _claims(self, token: str) -> dict[str, Any]:
         try:
             key = await self._key(jwt.get_unverified_header(token).get("kid", ""))
-            claims = jwt.decode(
+            claims: dict[str, Any] = jwt.decode(
                 token,
                 key=key,
                 algorithms=[key.algorithm_name],  # the key's own: what the token says of it is not believed
@@ -67,7 +86,7 @@ class TokenVerifier:
             )
         except jwt.PyJWTError as error:
             raise Unauthorized(f"the token is not accepted: {error}") from error
-        return _caller(claims)
+        return claims
 
     async def _key(self, kid: str) -> jwt.PyJWK:
         async with self._lock:
@@ -88,6 +107,7 @@ class TokenVerifier:
             self._failure, self._next_fetch = error, now + RETRY_SECONDS
         else:
             self._keys = {key.key_id or "": key for key in keys if key.algorithm_name in ALGORITHMS}
+            self._verified.clear()
             self._issuer, self._failure, self._next_fetch = issuer, None, now + REFRESH_SECONDS
 
 

@@ -24,8 +24,9 @@ FIELD_MANAGER = "finetune-operator"
 PAGE_SIZE = 500
 REQUEST_SECONDS = 30
 ATTEMPTS = 4
-REQUESTS_PER_SECOND = 200.0
-BURST = 400
+# Five requests bring a job's first two pods about, so 80 such jobs a second; an API server that is slower than that says so with 429.
+REQUESTS_PER_SECOND = 400.0
+BURST = 800
 
 
 class TokenBucket:

@@ -7,6 +7,8 @@ from finetune_operator.plan.observation import Observation, Problem, timestamp
 from finetune_operator.plan.silence import is_at_hand
 from finetune_operator.views import ContainerView, PodView
 
+# Reasons of a start that goes on: each follows the one before within seconds.
+ON_THE_WAY = frozenset({"Creating", "ContainerCreating", "WaitingForAgent", "Starting"})
 # Waiting reasons of a kubelet that say no more than "not yet".
 _ON_ITS_WAY = {"", "ContainerCreating", "PodInitializing"}
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "RegistryUnavailable", "ImageInspectError"}

@@ -16,7 +16,8 @@ from finetune_operator.views import PodView
 
 def missing_spares(observed: Observation, gang: Gang) -> tuple[NewPod, ...]:
     """Return the pods to create so that as many as are wanted stand behind a gang that has its members."""
-    ended = [pod for pod in observed.pods if _has_ended_for_nothing(gang, pod)]
+    members = {member.uid for member in gang.members}
+    ended = [pod for pod in observed.pods if pod.uid not in members and _has_ended_for_nothing(gang, pod)]
     missing = wanted_behind(observed, gang) - len(idle_pods(observed, gang)) - len(ended)
     places, avoid = _free_places(observed, gang), nodes_to_avoid(gang)
     return tuple(NewPod(next(places), gang.generation, avoid) for _ in range(missing))
@@ -31,8 +32,7 @@ def standing_by(observed: Observation, gang: Gang) -> int | None:
 
 
 def _has_ended_for_nothing(gang: Gang, pod: PodView) -> bool:
-    is_member = any(member.uid == pod.uid for member in gang.members)
-    return pod.ended and not pod.deleting and pod.generation == gang.generation and not is_member
+    return pod.ended and not pod.deleting and pod.generation == gang.generation
 
 
 def _free_places(observed: Observation, gang: Gang) -> Iterator[int]:
