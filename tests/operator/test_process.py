@@ -1,10 +1,7 @@
 """Two real processes, kopf and all, and what the system does to them: signals, stops, an API server that hangs."""
 
 import asyncio
-import os
 import signal
-import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ from finetune_operator.kube.api import JOBS, LEASES, PODS
 from tests.operator.documents import SETTINGS, job_body
 from tests.operator.fake_api import FakeKubeApi
 from tests.operator.http_api import HttpApi
+from tests.operator.operator_process import free_port, spawn_operator
 
 TIMES = {"leaseSeconds": 8, "renewSeconds": 6, "retrySeconds": 0.2}
 
@@ -30,18 +28,15 @@ class Scene:
 
     async def start(self, name: str) -> asyncio.subprocess.Process:
         ports = {"jobServerPort": free_port(), "healthPort": free_port()}
-        config = self._write(name, yaml.safe_load(SETTINGS) | ports | {"leaderElection": TIMES})
         metadata = {"name": name, "namespace": "finetune-system", "uid": f"uid-{name}"}
         self.server.api.store(PODS, {"kind": "Pod", "metadata": metadata})
-        environment = {"KUBECONFIG": self._kubeconfig(name), "FINETUNE_OPERATOR_CONFIG": config}
-        pod = {"POD_NAME": name, "POD_UID": f"uid-{name}"}
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "finetune_operator", "run"),
-                env={**os.environ, **{key: str(value) for key, value in environment.items()}, **pod},
-                stdout=log,
-                stderr=log,
-            )
+        self.processes[name] = await spawn_operator(
+            self.folder,
+            name,
+            uid=f"uid-{name}",
+            kubeconfig=self._kubeconfig(name),
+            settings=yaml.safe_load(SETTINGS) | ports | {"leaderElection": TIMES},
+        )
         return self.processes[name]
 
     def _kubeconfig(self, name: str) -> Path:
@@ -52,7 +47,9 @@ class Scene:
             "users": [{"name": "u", "user": {"token": name}}],
             "current-context": "c",
         }
-        return self._write(f"{name}.kubeconfig", document)
+        file = self.folder / f"{name}.kubeconfig"
+        file.write_text(yaml.safe_dump(document))
+        return file
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
@@ -70,18 +67,6 @@ class Scene:
         while not holds():
             assert time.monotonic() < until, "\n".join(self.log(name)[-3000:] for name in self.processes)
             await asyncio.sleep(0.02)
-
-    def _write(self, name: str, document: Any) -> Path:
-        file = self.folder / name
-        file.write_text(yaml.safe_dump(document))
-        return file
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture
