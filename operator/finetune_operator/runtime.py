@@ -237,7 +237,7 @@ class Runtime:
             logger.debug("%s/%s changed meanwhile: %s", *key, error)
             await self._look_at(key)
         except KubeError as error:
-            delay = self.queue.add_failed(key)
+            delay = self._put_off(key, error)
             logger.warning("%s/%s: %s; trying again in %.1f s", *key, error, delay)
         except Exception:
             # The one place where a bug ends up: it stops this job for a while and no other.
@@ -247,6 +247,13 @@ class Runtime:
             self.queue.succeeded(key)
             if look_again is not None:
                 self.queue.add_after(key, look_again)
+
+    def _put_off(self, key: JobKey, error: KubeError) -> float:
+        """Hand a job out again when the API server says, or else later and later; return in how many seconds."""
+        if not error.retry_after:
+            return self.queue.add_failed(key)
+        self.queue.add_after(key, error.retry_after)
+        return error.retry_after
 
     async def _look_at(self, key: JobKey) -> None:
         """Read a job whose watch lags behind, rather than try again until it has caught up."""

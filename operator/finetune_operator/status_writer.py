@@ -2,16 +2,18 @@
 
 Progress alone is written at most every ``progress_seconds`` for a job and ``PROGRESS_WRITES_PER_SECOND`` times a second in all: etcd keeps
 every version of an object. So is how saving goes, where a generation started, with what those before it have lost by that, and goodput. Whatever
-else changes is written at once, and takes the newest of these along.
+else changes is written at once, and takes the newest of these along. When the API server wants us to wait, no status of any job is sent before
+the time that it has said; what is written then is what is true then.
 """
 
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_api.job import FineTuneJob
 from finetune_api.status import JobStatus
 from finetune_operator.kube.api import JOBS, KubeApi
+from finetune_operator.kube.errors import TooMany
 from finetune_operator.merge_patch import merge_patch
 
 PROGRESS_WRITES_PER_SECOND = 20.0
@@ -27,6 +29,7 @@ class StatusWriter:
         self._written: dict[str, datetime] = {}  # by job uid
         self._next_turn: datetime | None = None  # of any job
         self._turns: dict[str, datetime] = {}  # by job uid: when its progress may be written
+        self._not_before = datetime.min.replace(tzinfo=UTC)  # as the API server has it
 
     async def write(
         self, job: FineTuneJob, status: JobStatus, now: datetime, *, on_written: Callable[[dict[str, Any]], None]
@@ -36,6 +39,7 @@ class StatusWriter:
         Raises:
             Conflict: the job has changed since; its newest state has to be looked at first.
             NotFound: the job is gone.
+            TooMany: the API server wants us to wait, now or since an earlier write.
         """
         old = job.status.to_wire() if job.status else {}
         patch = merge_patch(old, status.to_wire())
@@ -44,14 +48,24 @@ class StatusWriter:
         wait = self._wait_seconds(job.metadata.uid, now) if patch.keys() <= CAN_WAIT else 0.0
         if wait > 0:
             return wait
+        if now < self._not_before:
+            left = (self._not_before - now).total_seconds()
+            raise TooMany("status: not sent yet, as the API server has asked", status=429, retry_after=left)
+        on_written(await self._send(job, patch, now))
+        return None
+
+    async def _send(self, job: FineTuneJob, patch: dict[str, Any], now: datetime) -> dict[str, Any]:
         metadata = job.metadata
         self._written[metadata.uid] = now
         self._turns.pop(metadata.uid, None)
-        body = await self._api.patch_status(
-            JOBS, metadata.namespace, metadata.name, resource_version=metadata.resource_version, status=patch
-        )
-        on_written(body)
-        return None
+        try:
+            return await self._api.patch_status(
+                JOBS, metadata.namespace, metadata.name, resource_version=metadata.resource_version, status=patch
+            )
+        except TooMany as error:
+            del self._written[metadata.uid]
+            self._not_before = now + timedelta(seconds=error.retry_after or 0.0)
+            raise
 
     def forget(self, job_uid: str) -> None:
         """Drop what is remembered of a job that is gone."""
