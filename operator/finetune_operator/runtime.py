@@ -8,6 +8,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 POD_SELECTOR = f"{MANAGED_BY_LABEL}={MANAGER}"
 RESYNC_SECONDS = 300.0
+RELIST_SECONDS = (
+    1.0  # from when a watch has begun anew; its own list of thousands of objects takes no longer than a few of these
+)
 CONFLICT_SECONDS = 0.05
 START_RETRY_SECONDS = 2.0
 CERTIFICATE_SECONDS = 3600.0
@@ -76,6 +80,7 @@ class Runtime:
         )
         self._campaign: Campaign | None = None
         self._pod = own_pod()
+        self._relisted = asyncio.Event()
         self._runners: list[web.AppRunner] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -163,6 +168,10 @@ class Runtime:
         if key is not None:
             self._add(key)
 
+    def watch_has_begun(self) -> None:
+        """Take in that a watch begins, anew perhaps, with a list: what went before that is in no list, and no watch shows it."""
+        self._relisted.set()
+
     def _add(self, key: JobKey) -> None:
         """Queue a job. Who stands by queues nothing: nobody would take it out, and taking over begins with every job."""
         if self._leads:
@@ -185,11 +194,16 @@ class Runtime:
         return [item for items in lists for item in items]
 
     async def _resync(self) -> None:
+        """Take stock now and then, and soon after a watch has begun."""
         while True:
-            await asyncio.sleep(RESYNC_SECONDS)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._relisted.wait(), RESYNC_SECONDS)
+                await asyncio.sleep(RELIST_SECONDS)
+            self._relisted.clear()
             try:
                 await self._take_stock()
             except KubeError as error:
+                self._relisted.set()
                 logger.warning("cannot list all jobs and pods now: %s", error)
 
     async def _watch_lease(self, on_lost: Callable[[], None]) -> None:

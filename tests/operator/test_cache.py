@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_operator.cache import Cache, JobKey
+from finetune_operator.cache import REMEMBER_SECONDS, Cache, JobKey
 from finetune_operator.views import pod_view
 from tests.operator.documents import JOB_UID, job_body
 
@@ -154,12 +154,18 @@ def test_a_sweep_that_was_broken_off_removes_nothing() -> None:
     assert cache.pod_uids() == {"pod-1"}
 
 
-def test_uids_that_are_gone_are_not_remembered_for_ever() -> None:
-    cache = Cache()
-    cache.observe_pod(pod(1), deleted=True)
-    for _ in range(3):
+def test_uids_that_are_gone_are_remembered_longer_than_an_answer_is_under_way_but_not_for_ever() -> None:
+    now = 0.0
+    cache = Cache(lambda: now)
+    cache.observe_pod(pod(2), deleted=True)
+    for _ in range(3):  # watches that begin anew and anew
         cache.begin_sweep()
         cache.end_sweep()
+    cache.observe_pod(pod(1))
+    assert cache.pod_uids() == set()
+    now = REMEMBER_SECONDS
+    cache.begin_sweep()
+    cache.end_sweep()
     assert cache._gone == {}
 
 
