@@ -67,6 +67,11 @@ class Cache:
         """Return the uids of all pods."""
         return set(self._pods)
 
+    def member_uids(self) -> set[str]:
+        """Return the uids of the members of all gangs, whose pods need not be there any more."""
+        gangs = [entry.value["status"].get("gang") or {} for entry in self._jobs.values()]
+        return {member["uid"] for gang in gangs for member in gang.get("members", ())}
+
     def observe_job(self, body: Mapping[str, Any], *, deleted: bool = False) -> JobKey:
         """Take in what a watch, a list or an answer says of a job; an older version than the known one changes nothing."""
         key, metadata = job_key(body), body["metadata"]

@@ -186,7 +186,8 @@ class Runtime:
             self.cache.observe_pod(pod)
         for key in self.cache.end_sweep():
             self._add(key)
-        self._reports.keep_only(self.cache.pod_uids())
+        # The last word of a member that is gone tells why, for as long as nobody has drawn the conclusion.
+        self._reports.keep_only(self.cache.pod_uids() | self.cache.member_uids())
 
     async def _list(self, resource: Resource, selector: str | None) -> list[KubeObject]:
         namespaces = self._settings.watch_namespaces or (None,)

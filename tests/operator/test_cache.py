@@ -94,6 +94,15 @@ def test_a_job_whose_end_no_watch_has_shown_is_replaced_by_a_newer_one_and_does_
     assert cache.job(KEY)["metadata"]["uid"] == "new"
 
 
+def test_members_are_known_whether_their_pods_are_there_or_not() -> None:
+    cache = Cache()
+    cache.observe_job(job(1, gang={"generation": 2, "members": [{"rank": 0, "uid": "a"}, {"rank": 1, "uid": "b"}]}))
+    cache.observe_job(job(2, uid="new", gang={"generation": 1}))
+    assert cache.member_uids() == set(), "of the newest version alone"
+    cache.observe_job(job(3, uid="new", gang={"generation": 1, "members": [{"rank": 0, "uid": "c"}]}))
+    assert cache.member_uids() == {"c"}
+
+
 def test_pods_of_a_job_come_oldest_first_and_only_its_own() -> None:
     cache = Cache()
     cache.observe_pod(pod(1, "b", creationTimestamp="2026-01-01T00:00:02Z"))
