@@ -217,6 +217,8 @@ async def test_a_pod_whose_end_no_watch_has_shown_is_missed_at_once(server: Real
 
 # Limited.
 
+TELLING_SECONDS = 2 * PROGRESS_SECONDS  # until agents have told how far they are
+
 
 async def be_limited(life: Life, seconds: float, *, retry_after: int, part: str) -> None:
     """Have writes with ``part`` in their path refused for so long, while training goes on.
@@ -236,11 +238,11 @@ async def be_limited(life: Life, seconds: float, *, retry_after: int, part: str)
     life.proxy.break_request = break_request
     await asyncio.sleep(1)  # for what is under way
     late, asked[:] = len(life.versions), []
-    await asyncio.sleep(seconds)
+    await asyncio.sleep(seconds - TELLING_SECONDS)
     due = life.newest_step
-    await asyncio.sleep(1.5 * PROGRESS_SECONDS)  # until the agents must have told it
+    await asyncio.sleep(TELLING_SECONDS)
     assert life.versions[late:] == []
-    assert len(asked) <= seconds / retry_after + 2
+    assert len(asked) <= seconds / retry_after + 1
     life.proxy.break_request = lambda _: None
     await life.until("the newest progress is told", lambda: life.step >= due)
     assert len(life.versions) == late + 1, "and nothing older before it"
@@ -249,7 +251,7 @@ async def be_limited(life: Life, seconds: float, *, retry_after: int, part: str)
 
 async def test_status_is_late_while_the_api_server_limits_us(server: RealApi, tmp_path: Path) -> None:
     async with a_life(server, tmp_path, {"progressSeconds": 1}) as life:
-        await be_limited(life, 4, retry_after=2, part="/status")
+        await be_limited(life, 5, retry_after=3, part="/status")
         assert life.operator.ends == []
 
 

@@ -21,7 +21,9 @@ from aiohttp import web
 from yarl import URL
 
 SWAP_SECONDS = 0.5  # for the next event, which is to come first
-NOT_PASSED_ON = {"host", "connection", "accept-encoding", "content-length", "transfer-encoding", "keep-alive"}
+NOT_PASSED_ON = {
+    *("host", "connection", "keep-alive", "accept-encoding", "content-encoding", "content-length", "transfer-encoding")
+}
 GONE_EVENT = {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}}
 
 
