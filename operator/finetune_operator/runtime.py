@@ -37,9 +37,7 @@ logger = logging.getLogger(__name__)
 
 POD_SELECTOR = f"{MANAGED_BY_LABEL}={MANAGER}"
 RESYNC_SECONDS = 300.0
-RELIST_SECONDS = (
-    1.0  # from when a watch has begun anew; its own list of thousands of objects takes no longer than a few of these
-)
+RELIST_SECONDS = 1.0  # from when a watch has begun, for its own list
 CONFLICT_SECONDS = 0.05
 START_RETRY_SECONDS = 2.0
 CERTIFICATE_SECONDS = 3600.0

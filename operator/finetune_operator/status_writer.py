@@ -2,12 +2,11 @@
 
 Progress alone is written at most every ``progress_seconds`` for a job and ``PROGRESS_WRITES_PER_SECOND`` times a second in all: etcd keeps
 every version of an object. So is how saving goes, where a generation started, with what those before it have lost by that, and goodput. Whatever
-else changes is written at once, and takes the newest of these along. When the API server wants us to wait, no status of any job is sent before
-the time that it has said; what is written then is what is true then.
+else changes is written at once, and takes the newest of these along.
 """
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_api.job import FineTuneJob
@@ -22,14 +21,18 @@ CAN_WAIT = frozenset({"progress", "saves", "resumed", "attempts", "goodput"})
 
 
 class StatusWriter:
-    """Writes the status of jobs."""
+    """Writes the status of jobs.
+
+    When the API server wants us to wait, no status of any job is sent before the time that it has said; what is written then is what is
+    true then.
+    """
 
     def __init__(self, api: KubeApi, *, progress_seconds: float) -> None:
         self._api, self._progress_seconds = api, progress_seconds
         self._written: dict[str, datetime] = {}  # by job uid
         self._next_turn: datetime | None = None  # of any job
         self._turns: dict[str, datetime] = {}  # by job uid: when its progress may be written
-        self._not_before = datetime.min.replace(tzinfo=UTC)  # as the API server has it
+        self._not_before: datetime | None = None  # as the API server has it
 
     async def write(
         self, job: FineTuneJob, status: JobStatus, now: datetime, *, on_written: Callable[[dict[str, Any]], None]
@@ -48,7 +51,7 @@ class StatusWriter:
         wait = self._wait_seconds(job.metadata.uid, now) if patch.keys() <= CAN_WAIT else 0.0
         if wait > 0:
             return wait
-        if now < self._not_before:
+        if self._not_before is not None and now < self._not_before:
             left = (self._not_before - now).total_seconds()
             raise TooMany("status: not sent yet, as the API server has asked", status=429, retry_after=left)
         on_written(await self._send(job, patch, now))

@@ -86,9 +86,7 @@ class _Host:
 
     def _runtime_that_sees(self, event: Mapping[str, Any]) -> Runtime:
         assert self._runtime is not None
-        if (
-            event["type"] is None
-        ):  # so kopf shows what is in a list, with which it begins to watch, and again after a 410
+        if event["type"] is None:  # in a list, with which kopf begins to watch, and begins anew after a 410
             self._runtime.watch_has_begun()
         return self._runtime
 

@@ -9,6 +9,7 @@ Thousands of them fit into one process: HTTP is written by hand, and asyncio's b
 
 import asyncio
 import json
+import math
 import random
 import ssl
 from asyncio import sslproto
@@ -37,7 +38,7 @@ from finetune_api.protocol import Order, Report, from_wire
 from tests.operator.simulation import SimulatedAgent
 
 TLS_RECORD_BYTES = 16 * 1024
-sslproto.SSLProtocol.max_size = TLS_RECORD_BYTES  # type: ignore[attr-defined]  # of each connection made from now on
+sslproto.SSLProtocol.max_size = TLS_RECORD_BYTES  # of each connection made from now on
 
 
 class NoOrder(Exception):
@@ -71,6 +72,7 @@ class Agent:
     ) -> None:
         self.mind = mind
         self.requests = 0
+        self.answered_at = -math.inf  # by the loop's clock, with an order
         self._access, self._token, self._on_start = access, token, on_start
         self._orders = Orders(self._obey)
         self._changed = asyncio.Event()
@@ -156,6 +158,7 @@ class Agent:
         if status != 200:
             connection.close()
             raise NoOrder(answer.decode(), status)
+        self.answered_at = asyncio.get_running_loop().time()
         return from_wire(Order, json.loads(answer))
 
     def _obey(self, order: Order) -> None:
