@@ -139,7 +139,8 @@ class ApiProxy:
             return self._refusal(REFUSALS[fault])
         if request.is_write:
             async with self._one_write:
-                await self.before(request)
+                if not transport.is_closing():
+                    await self.before(request)
                 if transport.is_closing():
                     return _reset(transport)
                 answer = await self._forward(incoming, body, fault)

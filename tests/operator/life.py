@@ -82,6 +82,7 @@ class Life:
         self.versions: list[Json] = []  # of the job
         self.pods: dict[str, Json] = {}
         self.kubelets: Kubelets
+        self.watching: asyncio.Task[None]
         self._places: dict[str, str] = {}  # of all pods that there ever were, by uid
         self._rank_maps: defaultdict[int, set[tuple[Any, ...]]] = defaultdict(set)
         self._starts: defaultdict[int, list[tuple[int, str]]] = defaultdict(list)
@@ -116,6 +117,7 @@ class Life:
     async def until(self, what: str, holds: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:
         until = time.monotonic() + seconds
         while not holds():
+            assert not self.watching.done(), self.watching
             assert time.monotonic() < until, f"not in time: {what}; {self.status}\n{self.operator.log[-5000:]}"
             await asyncio.sleep(0.02)
 
@@ -257,7 +259,8 @@ async def a_life(api: RealApi, folder: Path, changes: Mapping[str, Any] | None =
         life.kubelets = kubelets = OwnKubelets(client, access, mind=mind, on_pod=life.note_pod)
         kubelets.namespace = namespace
         async with running(kubelets):
-            tasks = [asyncio.create_task(life.watch()), asyncio.create_task(operator.keep_running())]
+            life.watching = asyncio.create_task(life.watch())
+            tasks = [life.watching, asyncio.create_task(operator.keep_running())]
             try:
                 yield life
             finally:
