@@ -97,7 +97,7 @@ async def live_and_crash(
         crashes = Crashes(life, numbers, carried_out=carried_out, part=part)
         await life.play()
         life.check()
-        assert len(life.operator.ends) == crashes.crashes, "it ends for no other reason"
+        assert len(life.operator.ends) <= crashes.crashes, "it ends for no other reason"
     return crashes
 
 
