@@ -2,11 +2,13 @@
 
 kopf emits no DELETED event for what vanished while a watch was down, so a cache fed by events alone keeps ghosts. ``sweep`` mends that:
 a full list replaces everything that the cache already knew when the list was asked for. The other way round, a list or an answer that was
-under way while the watch showed the end of an object must not bring it back: uids that are gone are remembered for two sweeps.
+under way while the watch showed the end of an object must not bring it back: uids that are gone are remembered for two sweeps, and for longer
+than any answer is under way.
 """
 
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, NewType, TypeVar
 
@@ -14,6 +16,8 @@ from finetune_operator.views import PodView, pod_view
 
 JobKey = NewType("JobKey", tuple[str, str])  # namespace, name
 T = TypeVar("T")
+
+REMEMBER_SECONDS = 120.0
 
 
 @dataclass(slots=True)
@@ -25,12 +29,13 @@ class _Entry(Generic[T]):
 class Cache:
     """Jobs by key, pods by uid and by the job that owns them."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._jobs: dict[JobKey, _Entry[dict[str, Any]]] = {}
         self._pods: dict[str, _Entry[PodView]] = {}
         self._pods_of: defaultdict[str, set[str]] = defaultdict(set)
         self._sweep = 0
-        self._gone: dict[str, int] = {}  # uid → number of the sweep during which it went
+        self._gone: dict[str, _Entry[float]] = {}  # uid → when it went
 
     def job(self, key: JobKey) -> dict[str, Any] | None:
         """Return the newest known state of a job, as the API server wrote it."""
@@ -61,6 +66,11 @@ class Cache:
     def pod_uids(self) -> set[str]:
         """Return the uids of all pods."""
         return set(self._pods)
+
+    def member_uids(self) -> set[str]:
+        """Return the uids of the members of all gangs, whose pods need not be there any more."""
+        gangs = [entry.value["status"].get("gang") or {} for entry in self._jobs.values()]
+        return {member["uid"] for gang in gangs for member in gang.get("members", ())}
 
     def observe_job(self, body: Mapping[str, Any], *, deleted: bool = False) -> JobKey:
         """Take in what a watch, a list or an answer says of a job; only a newer version than the known one changes it."""
@@ -95,14 +105,14 @@ class Cache:
 
     def forget_job(self, key: JobKey, uid: str) -> None:
         """Take in that a job is gone; another one of the same name stays."""
-        self._gone[uid] = self._sweep
+        self._gone[uid] = _Entry(self._clock(), self._sweep)
         known = self._jobs.get(key)
         if known and known.value["metadata"]["uid"] == uid:
             del self._jobs[key]
 
     def forget_pod(self, uid: str) -> None:
         """Take in that a pod is gone."""
-        self._gone[uid] = self._sweep
+        self._gone[uid] = _Entry(self._clock(), self._sweep)
         self._drop_pod(uid)
 
     def begin_sweep(self) -> None:
@@ -120,7 +130,8 @@ class Cache:
             if pod.seen < self._sweep:
                 touched.add(JobKey((pod.value.namespace, pod.value.job)))
                 self._drop_pod(uid)
-        self._gone = {uid: sweep for uid, sweep in self._gone.items() if sweep >= self._sweep - 1}
+        since = self._clock() - REMEMBER_SECONDS
+        self._gone = {uid: one for uid, one in self._gone.items() if one.seen >= self._sweep - 1 or one.value > since}
         return touched
 
     def _drop_pod(self, uid: str) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 POD_SELECTOR = f"{MANAGED_BY_LABEL}={MANAGER}"
 RESYNC_SECONDS = 300.0
+RELIST_SECONDS = 1.0  # from when a watch has begun, for its own list
 CONFLICT_SECONDS = 0.05
 START_RETRY_SECONDS = 2.0
 CERTIFICATE_SECONDS = 3600.0
@@ -78,6 +80,7 @@ class Runtime:
         )
         self._campaign: Campaign | None = None
         self._pod = own_pod()
+        self._relisted = asyncio.Event()
         self._runners: list[web.AppRunner] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -167,6 +170,10 @@ class Runtime:
         if key is not None:
             self._add(key)
 
+    def watch_has_begun(self) -> None:
+        """Take in that a watch begins, anew perhaps, with a list: what went before that is in no list, and no watch shows it."""
+        self._relisted.set()
+
     def _add(self, key: JobKey) -> None:
         """Queue a job. Who stands by queues nothing: nobody would take it out, and taking over begins with every job."""
         if self._leads:
@@ -181,7 +188,8 @@ class Runtime:
             self.cache.observe_pod(pod)
         for key in self.cache.end_sweep():
             self._add(key)
-        self._reports.keep_only(self.cache.pod_uids())
+        # The last word of a member that is gone tells why, for as long as nobody has drawn the conclusion.
+        self._reports.keep_only(self.cache.pod_uids() | self.cache.member_uids())
 
     async def _list(self, resource: Resource, selector: str | None) -> list[KubeObject]:
         namespaces = self._settings.watch_namespaces or (None,)
@@ -189,11 +197,16 @@ class Runtime:
         return [item for items in lists for item in items]
 
     async def _resync(self) -> None:
+        """Take stock now and then, and soon after a watch has begun."""
         while True:
-            await asyncio.sleep(RESYNC_SECONDS)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._relisted.wait(), RESYNC_SECONDS)
+                await asyncio.sleep(RELIST_SECONDS)
+            self._relisted.clear()
             try:
                 await self._take_stock()
             except KubeError as error:
+                self._relisted.set()
                 logger.warning("cannot list all jobs and pods now: %s", error)
 
     async def _watch_lease(self, on_lost: Callable[[], None]) -> None:
@@ -246,7 +259,7 @@ class Runtime:
             logger.debug("%s/%s changed meanwhile: %s", *key, error)
             await self._look_at(key)
         except KubeError as error:
-            delay = self.queue.add_failed(key)
+            delay = self._put_off(key, error)
             logger.warning("%s/%s: %s; trying again in %.1f s", *key, error, delay)
         except Exception:
             # The one place where a bug ends up: it stops this job for a while and no other.
@@ -256,6 +269,13 @@ class Runtime:
             self.queue.succeeded(key)
             if look_again is not None:
                 self.queue.add_after(key, look_again)
+
+    def _put_off(self, key: JobKey, error: KubeError) -> float:
+        """Hand a job out again when the API server says, or else later and later; return in how many seconds."""
+        if not error.retry_after:
+            return self.queue.add_failed(key)
+        self.queue.add_after(key, error.retry_after)
+        return error.retry_after
 
     async def _look_at(self, key: JobKey) -> None:
         """Read a job whose watch lags behind, rather than try again until it has caught up."""

@@ -13,6 +13,7 @@ from typing import Any
 from finetune_api.job import FineTuneJob
 from finetune_api.status import JobStatus
 from finetune_operator.kube.api import JOBS, KubeApi
+from finetune_operator.kube.errors import TooMany
 from finetune_operator.merge_patch import merge_patch
 from finetune_operator.plan.pending import ON_THE_WAY
 
@@ -22,13 +23,18 @@ CAN_WAIT = frozenset({"progress", "saves", "resumed", "attempts", "goodput"})
 
 
 class StatusWriter:
-    """Writes the status of jobs."""
+    """Writes the status of jobs.
+
+    When the API server wants us to wait, no status of any job is sent before the time that it has said; what is written then is what is
+    true then.
+    """
 
     def __init__(self, api: KubeApi, *, progress_seconds: float) -> None:
         self._api, self._progress_seconds = api, progress_seconds
         self._written: dict[str, datetime] = {}  # by job uid
         self._next_turn: datetime | None = None  # of any job
         self._turns: dict[str, datetime] = {}  # by job uid: when its progress may be written
+        self._not_before: datetime | None = None  # as the API server has it
 
     async def write(
         self, job: FineTuneJob, status: JobStatus, now: datetime, *, on_written: Callable[[dict[str, Any]], None]
@@ -38,6 +44,7 @@ class StatusWriter:
         Raises:
             Conflict: the job has changed since; its newest state has to be looked at first.
             NotFound: the job is gone.
+            TooMany: the API server wants us to wait, now or since an earlier write.
         """
         old = job.status.to_wire() if job.status else {}
         new = status.to_wire()
@@ -47,14 +54,24 @@ class StatusWriter:
         wait = self._wait_seconds(job.metadata.uid, now) if _can_wait(old, new, patch) else 0.0
         if wait > 0:
             return wait
+        if self._not_before is not None and now < self._not_before:
+            left = (self._not_before - now).total_seconds()
+            raise TooMany("status: not sent yet, as the API server has asked", status=429, retry_after=left)
+        on_written(await self._send(job, patch, now))
+        return None
+
+    async def _send(self, job: FineTuneJob, patch: dict[str, Any], now: datetime) -> dict[str, Any]:
         metadata = job.metadata
         self._written[metadata.uid] = now
         self._turns.pop(metadata.uid, None)
-        body = await self._api.patch_status(
-            JOBS, metadata.namespace, metadata.name, resource_version=metadata.resource_version, status=patch
-        )
-        on_written(body)
-        return None
+        try:
+            return await self._api.patch_status(
+                JOBS, metadata.namespace, metadata.name, resource_version=metadata.resource_version, status=patch
+            )
+        except TooMany as error:
+            del self._written[metadata.uid]
+            self._not_before = now + timedelta(seconds=error.retry_after or 0.0)
+            raise
 
     def forget(self, job_uid: str) -> None:
         """Drop what is remembered of a job that is gone."""

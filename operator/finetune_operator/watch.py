@@ -93,13 +93,19 @@ class _Host:
 
     async def see_job(self, event: Mapping[str, Any], **_: Any) -> None:
         """Observe, enqueue."""
-        assert self._runtime is not None
-        self._runtime.observe_job(event["object"], deleted=event["type"] == "DELETED")
+        runtime = self._runtime_that_sees(event)
+        runtime.observe_job(event["object"], deleted=event["type"] == "DELETED")
 
     async def see_pod(self, event: Mapping[str, Any], **_: Any) -> None:
         """Observe, enqueue."""
+        runtime = self._runtime_that_sees(event)
+        runtime.observe_pod(event["object"], deleted=event["type"] == "DELETED")
+
+    def _runtime_that_sees(self, event: Mapping[str, Any]) -> Runtime:
         assert self._runtime is not None
-        self._runtime.observe_pod(event["object"], deleted=event["type"] == "DELETED")
+        if event["type"] is None:  # in a list, with which kopf begins to watch, and begins anew after a 410
+            self._runtime.watch_has_begun()
+        return self._runtime
 
     def _fail(self) -> None:
         self.failed = True

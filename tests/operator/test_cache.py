@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_operator.cache import Cache, JobKey
+from finetune_operator.cache import REMEMBER_SECONDS, Cache, JobKey
 from finetune_operator.views import pod_view
 from tests.operator.documents import JOB_UID, job_body
 
@@ -102,6 +102,15 @@ def test_a_job_whose_end_no_watch_has_shown_is_replaced_by_a_newer_one_and_does_
     assert cache.job(KEY)["metadata"]["uid"] == "new"
 
 
+def test_members_are_known_whether_their_pods_are_there_or_not() -> None:
+    cache = Cache()
+    cache.observe_job(job(1, gang={"generation": 2, "members": [{"rank": 0, "uid": "a"}, {"rank": 1, "uid": "b"}]}))
+    cache.observe_job(job(2, uid="new", gang={"generation": 1}))
+    assert cache.member_uids() == set(), "of the newest version alone"
+    cache.observe_job(job(3, uid="new", gang={"generation": 1, "members": [{"rank": 0, "uid": "c"}]}))
+    assert cache.member_uids() == {"c"}
+
+
 def test_pods_of_a_job_come_oldest_first_and_only_its_own() -> None:
     cache = Cache()
     cache.observe_pod(pod(1, "b", creationTimestamp="2026-01-01T00:00:02Z"))
@@ -162,12 +171,18 @@ def test_a_sweep_that_was_broken_off_removes_nothing() -> None:
     assert cache.pod_uids() == {"pod-1"}
 
 
-def test_uids_that_are_gone_are_not_remembered_for_ever() -> None:
-    cache = Cache()
-    cache.observe_pod(pod(1), deleted=True)
-    for _ in range(3):
+def test_uids_that_are_gone_are_remembered_longer_than_an_answer_is_under_way_but_not_for_ever() -> None:
+    now = 0.0
+    cache = Cache(lambda: now)
+    cache.observe_pod(pod(2), deleted=True)
+    for _ in range(3):  # watches that begin anew and anew
         cache.begin_sweep()
         cache.end_sweep()
+    cache.observe_pod(pod(1))
+    assert cache.pod_uids() == set()
+    now = REMEMBER_SECONDS
+    cache.begin_sweep()
+    cache.end_sweep()
     assert cache._gone == {}
 
 

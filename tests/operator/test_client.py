@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.kube.api import CONFIG_MAPS, JOBS, LEASES, PODS
+from finetune_operator.kube.api import ACCESS_REVIEWS, CONFIG_MAPS, JOBS, LEASES, PODS
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.errors import Conflict, NotLeading, TooMany, Unavailable
 from tests.operator.documents import job_body
@@ -97,7 +97,7 @@ async def test_the_lease_is_asked_for_again_before_a_write_is_repeated(
     leads.answers = 1
     server.answer_with = [(429, {"Retry-After": "0"})]
     with pytest.raises(NotLeading):
-        await WRITES["status"](client)
+        await WRITES["labels"](client)
     assert (len(server.requests), server.api.writes) == (1, [])
 
 
@@ -124,6 +124,30 @@ async def test_a_read_is_repeated_and_a_write_without_an_answer_is_not(
     with pytest.raises(TooMany):
         await client.get(JOBS, *KEY)
     assert len(server.requests) == 4 + 1 + 4
+
+
+async def test_a_write_that_has_to_wait_is_repeated_but_a_status_would_be_out_of_date(
+    server: HttpApi, client: KubeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_operator.kube.client.random.uniform", lambda *_: 0.0)
+    for name, write in WRITES.items():
+        server.requests.clear()
+        server.answer_with = [(429, {})] * 3
+        if name == "status":
+            with pytest.raises(TooMany):
+                await write(client)
+            server.answer_with = []
+        else:
+            await write(client)
+        assert len(server.requests) == (1 if name == "status" else 4), name
+
+
+async def test_a_question_that_is_posted_is_repeated_as_a_read_is(
+    server: HttpApi, client: KubeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_operator.kube.client.random.uniform", lambda *_: 0.0)
+    server.answer_with = [(500, {})] * 3
+    assert (await client.create(ACCESS_REVIEWS, None, {"spec": {}}))["status"] == {"allowed": True}
 
 
 async def test_a_lease_is_made_and_replaced(server: HttpApi, client: KubeClient) -> None:

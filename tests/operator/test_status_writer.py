@@ -8,7 +8,7 @@ from finetune_api.job import FineTuneJob, parse_job
 from finetune_api.protocol import ResumeSource
 from finetune_api.status import Attempt, Condition, Gang, JobPhase, JobProgress, JobResumed, JobSaves, JobStatus, Member
 from finetune_operator.kube.api import JOBS
-from finetune_operator.kube.errors import Conflict, NotFound
+from finetune_operator.kube.errors import Conflict, NotFound, TooMany
 from finetune_operator.status_writer import StatusWriter
 from tests.operator.documents import NOON, job_body
 from tests.operator.fake_api import FakeKubeApi
@@ -199,3 +199,23 @@ async def test_the_answer_is_handed_on_and_what_is_forgotten_starts_afresh() -> 
     assert taken[0]["status"] == {"observedGeneration": 2, "conditions": [], "attempts": []}
     scene.writer.forget("uid-0")
     assert await scene.progress(1) is None
+
+
+async def test_while_the_api_server_wants_us_to_wait_nothing_is_sent_and_then_what_is_true_then() -> None:
+    scene = Scene(jobs=2)
+
+    async def limited(*_: object, **__: object) -> None:
+        raise TooMany("not now", status=429, retry_after=5.0)
+
+    scene.api.patch_status, served = limited, scene.api.patch_status
+    with pytest.raises(TooMany):
+        await scene.progress(1)
+    scene.api.patch_status = served
+    scene.wait(2)
+    for number in (0, 1):
+        with pytest.raises(TooMany) as held:
+            await scene.write(number, observed_generation=2)
+        assert held.value.retry_after == 3
+    scene.wait(3)
+    assert await scene.progress(2) is None, "it has not used up its turn"
+    assert (scene.writes, scene.job().status.progress.step) == (1, 2)

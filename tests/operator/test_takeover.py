@@ -16,6 +16,7 @@ from finetune_operator.runtime import Runtime
 from tests.operator.documents import job_body, settings
 from tests.operator.fake_api import FakeKubeApi
 from tests.operator.http_api import HttpApi
+from tests.operator.story import idle_report
 
 QUICK = """
 jobServerPort: 1
@@ -186,6 +187,31 @@ async def test_who_starts_while_the_api_server_is_away_waits_for_it(scene: Scene
     scene.server.answer_with = []
     await scene.until(starting.done)
     await scene.until(lambda: starting.result().leads)
+
+
+async def test_what_vanished_while_a_watch_was_away_is_missed_when_it_begins_anew(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_operator.runtime.RELIST_SECONDS", 0.01)
+    first = await scene.replica("a").starts()
+    await scene.until(lambda: len(scene.training_pods) == 2 and first.leads)
+    scene.api.remove(PODS, "team-a", scene.training_pods[0])
+    scene.api.events.clear()
+    scene.server.answer_with = [(500, {})] * 5  # more than one list is tried
+    first.runtime.watch_has_begun()
+    await scene.until(lambda: len(scene.training_pods) == 2)
+
+
+async def test_the_last_word_of_a_member_that_is_gone_survives_taking_stock(scene: Scene) -> None:
+    another = {"holderIdentity": "another", "leaseDurationSeconds": 60}
+    scene.api.store(LEASES, {"metadata": {"name": "finetune-operator", "namespace": HOME}, "spec": another})
+    gang = {"generation": 1, "members": [{"rank": 0, "pod": "p", "uid": "member"}]}
+    scene.api.store(JOBS, job_body() | {"status": {"gang": gang}})
+    first = await scene.replica("a").starts()
+    for uid in ("member", "stranger"):
+        first.runtime._reports.hear(idle_report(uid, 0))
+    await first.runtime._take_stock()
+    assert first.runtime._reports.heard.keys() == {"member"}
 
 
 async def test_a_right_that_is_missing_ends_the_start(scene: Scene) -> None:

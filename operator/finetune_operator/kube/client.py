@@ -1,8 +1,9 @@
 """``KubeApi`` over the official client's connection handling (configuration, login, TLS), without its models.
 
-Retries are by verb: reads are repeated after 429, 5xx and lost connections; writes only after 429, because a write without an answer
-may have been done, and reconcile finds out by looking. ``Retry-After`` is honoured. A token bucket keeps one operator from flooding
-the API server. ``may_write`` is asked right before each write leaves, after all waiting: only the leader writes.
+Retries are by verb: reads, and questions that are POSTed, are repeated after 429, 5xx and lost connections; writes only after 429, because a
+write without an answer may have been done, and reconcile finds out by looking. A status is not repeated at all: after the wait it would not be
+the newest any more. ``Retry-After`` is honoured. A token bucket keeps one operator from flooding the API server. ``may_write`` is asked
+right before each write leaves, after all waiting: only the leader writes.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
-from finetune_operator.kube.api import Resource
+from finetune_operator.kube.api import ACCESS_REVIEWS, Resource
 from finetune_operator.kube.errors import KubeError, NotLeading, TooMany, Unavailable, error_for
 from finetune_operator.kube_object import KubeObject
 
@@ -110,6 +111,7 @@ class KubeClient:
             query={"fieldManager": FIELD_MANAGER},
             body={"metadata": {"resourceVersion": resource_version}, "status": status},
             content_type="application/merge-patch+json",
+            attempts=1,
         )
 
     async def patch_labels(
@@ -140,16 +142,18 @@ class KubeClient:
         query: Mapping[str, str] | None = None,
         body: KubeObject | None = None,
         content_type: str = "application/json",
+        attempts: int = ATTEMPTS,
     ) -> KubeObject:
-        for attempt in range(1, ATTEMPTS + 1):
+        only_asks = method == "GET" or path == ACCESS_REVIEWS.path()
+        for attempt in range(1, attempts + 1):
             await self._bucket.take()
             if method != "GET" and not self._may_write():
                 raise NotLeading(f"{method} {path}: not sent, for this process does not lead")
             try:
                 return await self._once(method, path, query or {}, body, content_type)
             except (TooMany, Unavailable) as error:
-                repeatable = isinstance(error, TooMany) or method == "GET"
-                if attempt == ATTEMPTS or not repeatable:
+                repeatable = isinstance(error, TooMany) or only_asks
+                if attempt == attempts or not repeatable:
                     raise
                 await asyncio.sleep(error.retry_after or random.uniform(0.5, 1.0) * 0.2 * 2**attempt)  # noqa: S311
         raise AssertionError("the last attempt returns or raises")
