@@ -29,7 +29,7 @@ BUCKET = "chaos"
 START_SECONDS = 150.0
 END_SECONDS = 240.0
 LEAVE_SECONDS = 60.0
-RECIPE_STEPS = 400
+RECIPE_STEPS = 800
 _LOOK_SECONDS = 1.0
 
 
@@ -195,7 +195,9 @@ class Chaos:
             watched, touches = self._watch.job(name), outcome.touches.count(name)
             outcome.told.append(f"{name} {_summary(watched)}, touched {touches} times")
             broken = list(broken_by_outcome(watched.body, touches))
-            if not job.recipe:
+            if job.recipe:
+                broken += _broken_by_progress(watched)
+            else:
                 broken += broken_by_starts(self._starts(name), watched.gangs, job.processes)
                 broken += self._broken_by_store(name, watched)
             outcome.broken += [f"{name}: {each}" for each in broken]
@@ -212,7 +214,11 @@ class Chaos:
         return [(int(generation), int(rank), pod.rpartition("-")[0]) for _, _, generation, rank, pod in keys]
 
     def _broken_by_store(self, name: str, watched: Watched) -> Iterator[str]:
-        head = json.loads(self._store.get_object(Bucket=BUCKET, Key=f"{name}/head")["Body"].read())
+        try:
+            head = json.loads(self._store.get_object(Bucket=BUCKET, Key=f"{name}/head")["Body"].read())
+        except self._store.exceptions.NoSuchKey:
+            yield "never committed anything"
+            return
         told = (watched.status.get("checkpoint") or {}).get("step", 0)
         if head["generation"] != watched.status["gang"]["generation"] or head["step"] < told:
             yield f"status tells of step {told}, the store has {head}"
@@ -239,6 +245,12 @@ def _only_claims_to_train(job: Watched, running: dict[str, list[int]]) -> bool:
     if not ready or job.status.get("phase") != "Running":
         return False
     return any(member["uid"] not in running for member in job.status["gang"]["members"])
+
+
+def _broken_by_progress(job: Watched) -> Iterator[str]:
+    step = (job.status.get("progress") or {}).get("step")
+    if step != RECIPE_STEPS:
+        yield f"ended after step {step} of {RECIPE_STEPS}"
 
 
 def _summary(job: Watched) -> str:
