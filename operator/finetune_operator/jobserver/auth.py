@@ -19,6 +19,7 @@ DISCOVERY_PATH = "/.well-known/openid-configuration"
 ALGORITHMS = ["RS256", "ES256"]
 REFRESH_SECONDS = 10.0  # unknown key ids cause no more than one fetch in this time
 RETRY_SECONDS = 1.0  # and no more than one in this time after a fetch that failed
+LEEWAY_SECONDS = 60.0  # by which our clock may be off: as much as the API server itself allows tokens
 
 
 class Unauthorized(Exception):
@@ -63,6 +64,7 @@ class TokenVerifier:
                 algorithms=[key.algorithm_name],  # the key's own: what the token says of it is not believed
                 audience=TOKEN_AUDIENCE,
                 issuer=self._issuer,
+                leeway=LEEWAY_SECONDS,
                 options={"require": ["exp", "iss", "aud"]},
             )
         except jwt.PyJWTError as error:
