@@ -1,6 +1,6 @@
 """``python -m tests.chaos --seed 17 | --seeds 1-100 [--beside 3] | --plan --seeds 1-5000``.
 
-On the cluster that ``python -m tests.cluster up`` has started, with the operator as it is in the working tree, or on one of its own.
+On the cluster that ``python -m tests.cluster up`` has started, or on one of its own. The operator's replicas have clocks that are off.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.chaos.images import load_skewed_operator
 from tests.chaos.plan_seeds import play
 from tests.chaos.run import Chaos
 from tests.cluster import ownership
@@ -45,7 +46,7 @@ def _plan(seeds: range) -> int:
 def _cluster(seeds: range, beside: int) -> int:
     outcomes = []
     with _running_cluster() as cluster, TemporaryDirectory() as folder:
-        install_on(cluster)
+        install_on(cluster, {"image": {"reference": load_skewed_operator(cluster)}})
         upload_inputs(cluster, Path(folder))
         namespace = f"chaos-{secrets.token_hex(3)}"
         make_namespace(cluster, namespace)

@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.chaos import light_image, processes
+from tests.chaos import processes
 from tests.chaos.faults import DETECTION_SECONDS, Missed, World, patiently
+from tests.chaos.images import load_light
 from tests.chaos.promises import Start, broken_by_outcome, broken_by_starts, lives
 from tests.chaos.scenario import ChaosJob, Fault, Scenario, scenario
 from tests.chaos.watch import Watch, Watched, wait_for
@@ -58,7 +59,7 @@ class Chaos:
         self._store = cluster.s3.client()
         if BUCKET not in [bucket["Name"] for bucket in self._store.list_buckets()["Buckets"]]:
             self._store.create_bucket(Bucket=BUCKET)
-        self._image = light_image.load(cluster)
+        self._image = load_light(cluster)
         self._watch = Watch(cluster, namespace)
         self._world = World(cluster, namespace, self._watch)
 
