@@ -7,6 +7,7 @@ end their work, and everything must come to an end. Seeds that touch nobody else
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,7 @@ class Chaos:
 
     def __init__(self, cluster: Cluster, namespace: str) -> None:
         self._cluster, self._namespace = cluster, namespace
+        self._folder = secrets.token_hex(3)  # in the bucket: the same seed may have been played before
         self._store = cluster.s3.client()
         if BUCKET not in [bucket["Name"] for bucket in self._store.list_buckets()["Buckets"]]:
             self._store.create_bucket(Bucket=BUCKET)
@@ -110,8 +112,9 @@ class Chaos:
 
     def _light(self, job: ChaosJob) -> dict[str, Any]:
         address = self._cluster.s3.endpoint.removeprefix("http://")
+        command = ["python", "-m", "light_trainer", address, BUCKET, f"{self._folder}/{job.name}"]
         return {
-            "script": {"command": ["python", "-m", "light_trainer", address, BUCKET, job.name], "image": self._image},
+            "script": {"command": command, "image": self._image},
             "storage": {"uri": f"s3://{BUCKET}", "endpoint": self._cluster.s3.endpoint, "secretName": SECRET},
             "workers": {
                 "nodes": job.nodes,
@@ -150,7 +153,7 @@ class Chaos:
 
     def _finish(self, jobs: dict[str, ChaosJob]) -> None:
         for name in jobs:
-            self._store.put_object(Bucket=BUCKET, Key=f"{name}/finish", Body=b"")
+            self._store.put_object(Bucket=BUCKET, Key=f"{self._folder}/{name}/finish", Body=b"")
 
     def _wait_for_end(self, jobs: dict[str, ChaosJob]) -> None:
         def over() -> bool:
@@ -210,13 +213,14 @@ class Chaos:
         return any(map(lives, self._watch.job(name).pods.values()))
 
     def _starts(self, name: str) -> list[Start]:
-        pages = self._store.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{name}/started/")
-        keys = [entry["Key"].split("/") for page in pages for entry in page.get("Contents", ())]
-        return [(int(generation), int(rank), pod.rpartition("-")[0]) for _, _, generation, rank, pod in keys]
+        prefix = f"{self._folder}/{name}/started/"
+        pages = self._store.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        keys = [entry["Key"].removeprefix(prefix).split("/") for page in pages for entry in page.get("Contents", ())]
+        return [(int(generation), int(rank), process.rpartition("-")[0]) for generation, rank, process in keys]
 
     def _broken_by_store(self, name: str, watched: Watched) -> Iterator[str]:
         try:
-            head = json.loads(self._store.get_object(Bucket=BUCKET, Key=f"{name}/head")["Body"].read())
+            head = json.loads(self._store.get_object(Bucket=BUCKET, Key=f"{self._folder}/{name}/head")["Body"].read())
         except self._store.exceptions.NoSuchKey:
             yield "never committed anything"
             return
