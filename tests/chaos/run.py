@@ -120,7 +120,7 @@ class Chaos:
                 "nodes": job.nodes,
                 "processesPerNode": job.processes,
                 "spares": job.spares,
-                "resources": {"cpu": "20m", "memory": "128Mi"},
+                "resources": {"cpu": "20m", "memory": "256Mi"},
             },
         }
 
