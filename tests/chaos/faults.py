@@ -23,7 +23,7 @@ from tests.cluster.places import S3_PORT
 T = TypeVar("T")
 SLOW_RATE = "1mbit"
 REST_SECONDS = 5.0  # until kubelets have renewed what they could not meanwhile
-DETECTION_SECONDS = 20.0
+DETECTION_SECONDS = 45.0  # an agent that is killed tells so by the next one, or is missed after 30 s
 _PATIENCE_SECONDS = 60.0
 
 

@@ -28,7 +28,7 @@ from tests.cluster.installation import operator_log
 from tests.cluster.training_inputs import SECRET, recipe_spec
 
 BUCKET = "chaos"
-START_SECONDS = 150.0
+START_SECONDS = 300.0
 END_SECONDS = 240.0
 LEAVE_SECONDS = 60.0
 RECIPE_STEPS = 800
@@ -120,7 +120,10 @@ class Chaos:
                 "nodes": job.nodes,
                 "processesPerNode": job.processes,
                 "spares": job.spares,
-                "resources": {"cpu": "20m", "memory": "256Mi"},
+                "resources": {
+                    "cpu": "200m",
+                    "memory": "256Mi",
+                },  # a limit too: with less, Python takes a minute to start
             },
         }
 
@@ -132,7 +135,7 @@ class Chaos:
     def _wait_for_training(self, jobs: dict[str, ChaosJob]) -> None:
         def train() -> bool:
             states = [self._watch.job(name).status for name in jobs]
-            return all(state.get("phase") == "Running" for state in states)
+            return all(state.get("phase") == "Running" and "progress" in state for state in states)
 
         wait_for("all jobs train", train, START_SECONDS)
 

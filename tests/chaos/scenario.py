@@ -115,11 +115,11 @@ def scenario(seed: int) -> Scenario:
     jobs = [
         ChaosJob(
             name=f"seed{seed}-{letter}",
-            nodes=random.choice((1, 2, 2, 2, 3)),
+            nodes=random.choice((1, 1, 2, 2, 2, 3)),
             processes=random.choice((1, 1, 1, 2)),
-            spares=random.choice((0, 0, 0, 1)),
+            spares=random.choice((0, 0, 0, 0, 1)),
         )
-        for letter in "abcd"[: random.randint(2, 3)]
+        for letter in "abc"[: random.choice((2, 2, 2, 3))]
     ]
     if seed % 16 == 8:
         jobs.append(ChaosJob(name=f"seed{seed}-r", nodes=2, recipe=True))
