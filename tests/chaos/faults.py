@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from finetune_api.contract import JOB_SERVER_PORT, TRAINER_CONTAINER
 from tests.chaos import processes
+from tests.chaos.promises import lives
 from tests.chaos.scenario import CUT_SECONDS, ChaosJob, Fault, Kind
-from tests.chaos.watch import Watch, Watched
+from tests.chaos.watch import Watch
 from tests.cluster.cluster import Cluster
 from tests.cluster.console import ClusterError
 from tests.cluster.installation import SYSTEM_NAMESPACE, leader
@@ -81,21 +82,21 @@ class World:
 
     # What befalls a job.
 
-    def _victim(self, fault: Fault) -> tuple[str, str, Watched]:
-        """Return name and uid of a member's pod."""
+    def _victim(self, fault: Fault) -> tuple[str, str]:
+        """Return name and uid of a member's pod, or of any that is there while a gang is made."""
         job = self._watch.job(fault.job)
-        members = job.members()
-        if not members:
-            raise Missed("the job has no gang just now")
-        pod = members[fault.place % len(members)]["metadata"]
-        return pod["name"], pod["uid"], job
+        pods = job.members() or list(filter(lives, job.pods.values()))
+        if not pods:
+            raise Missed("the job has no pod just now")
+        pod = pods[fault.place % len(pods)]["metadata"]
+        return pod["name"], pod["uid"]
 
     def _kill_worker(self, fault: Fault, jobs: dict[str, ChaosJob]) -> list[str]:
-        _, uid, _ = self._victim(fault)
+        _, uid = self._victim(fault)
         return self._kill(processes.WORKER, uid, fault)
 
     def _kill_agent(self, fault: Fault, jobs: dict[str, ChaosJob]) -> list[str]:
-        _, uid, _ = self._victim(fault)
+        _, uid = self._victim(fault)
         return self._kill(processes.AGENT, uid, fault)
 
     def _kill(self, name: str, uid: str, fault: Fault) -> list[str]:
@@ -104,7 +105,7 @@ class World:
         return [fault.job]
 
     def _kill_container(self, fault: Fault, jobs: dict[str, ChaosJob]) -> list[str]:
-        name, _, _ = self._victim(fault)
+        name, _ = self._victim(fault)
         try:
             self._cluster.kill_container(self._namespace, name, TRAINER_CONTAINER)
         except ClusterError as error:
@@ -112,7 +113,7 @@ class World:
         return [fault.job]
 
     def _delete_pod(self, fault: Fault, jobs: dict[str, ChaosJob]) -> list[str]:
-        name, _, _ = self._victim(fault)
+        name, _ = self._victim(fault)
         how = ("--force", "--grace-period=0") if fault.kind == Kind.POD_FORCED_AWAY else ()
         patiently(
             lambda: self._cluster.kubectl(

@@ -5,7 +5,7 @@ import pytest
 from tests.chaos.run import Chaos
 from tests.cluster.cluster import Cluster
 
-SHORT = (1, 7, 13, 28, 30)
+SHORT = (1, 18, 23, 42, 54)
 LONG = range(1, 101)
 
 
