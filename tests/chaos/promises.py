@@ -11,6 +11,7 @@ from tests.operator import kstatus
 Body = Mapping[str, Any]
 Members = Mapping[int, str]
 """Node rank → name of the pod."""
+GAVE_WAY = "GaveWay"
 Start = tuple[int, int, str]
 """Generation, global rank, name of the pod."""
 
@@ -107,11 +108,15 @@ def broken_by_starts(starts: Iterable[Start], gangs: Mapping[int, Members], proc
 
 
 def broken_by_outcome(body: Body, touches: int) -> Iterator[str]:
-    """Look at a job that has ended: whatever befell it ends well, and each time that it was touched costs one generation at most."""
+    """Look at a job that has ended: whatever befell it ends well, and each time that it was touched costs one generation at most.
+
+    A gang that could not be placed as a whole beside all others and gave its places back was touched by nobody, and lost nothing.
+    """
     status = body["status"]
     if status["phase"] != "Succeeded":
         yield f"ended {status['phase']}: {next(c['message'] for c in status['conditions'] if c['type'] == 'Ready')}"
-    generations, attempts = status["gang"]["generation"] - 1, status.get("attempts", ())
+    attempts = status.get("attempts", ())
+    generations = status["gang"]["generation"] - 1 - sum(attempt["reason"] == GAVE_WAY for attempt in attempts)
     if generations > touches:
         said = ", ".join(f"{a['generation']} {a['reason']}" for a in attempts)
         yield f"touched {touches} times and restarted {generations} times ({said})"

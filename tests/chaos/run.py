@@ -121,7 +121,7 @@ class Chaos:
                 "processesPerNode": job.processes,
                 "spares": job.spares,
                 "resources": {
-                    "cpu": "200m",
+                    "cpu": "150m",
                     "memory": "256Mi",
                 },  # a limit too: with less, Python takes a minute to start
             },

@@ -141,5 +141,7 @@ def test_starts_are_those_that_status_committed(starts: list[tuple[int, int, str
 async def test_an_end_that_is_no_success_and_a_restart_without_a_cause_are_told() -> None:
     finished = (await life())[2]
     assert list(broken_by_outcome(finished, touches=0)) == ["touched 0 times and restarted 1 times (1 WorkerKilled)"]
+    finished["status"]["attempts"][0]["reason"] = "GaveWay"
+    assert list(broken_by_outcome(finished, touches=0)) == []
     finished["status"]["phase"] = "Failed"
     assert "ended Failed" in next(broken_by_outcome(finished, touches=1))
