@@ -135,7 +135,6 @@ class Cluster:
         self.skew = self.skewed = timedelta()
         self.api.clock = lambda: self.now
         self.agents: dict[str, SimulatedAgent] = {}
-        self.leavers: dict[str, int] = {}  # who has told that it must go, and in the time of which gang
         self.told: defaultdict[int, set[tuple[int, str, int, str, int]]] = defaultdict(set)
         self.started: defaultdict[int, list[str]] = defaultdict(list)
         self.api.store(JOBS, job_body(spec, nodes=nodes), "ADDED")
@@ -255,9 +254,6 @@ class Cluster:
         if pod is None or agent.cut:
             return False  # 404: not known (yet)
         news = self.reports.hear(agent.report())
-        if agent.leaving:
-            has_members = bool((self.status.get("gang") or {}).get("members"))
-            self.leavers.setdefault(uid, self.generation if has_members else self.generation - 1)
         body = self.cache.job(KEY)
         order = order_for(parse_job(body), uid) if body else Order(Action.WAIT)
         if order.action == Action.RUN:
@@ -355,9 +351,6 @@ class Cluster:
             assert {(rank, uid) for rank, uid, *_ in orders} <= members
             assert len({(nodes, address, port) for *_, nodes, address, port in orders}) == 1, "one master for all"
             assert len({rank for rank, _ in members}) == len(members), "ranks are unique"
-        for (_, generation), members in self.api.member_sets.items():
-            late = [m["uid"] for m in members if self.leavers.get(m["uid"], generation) < generation]
-            assert not late, f"{late} had told that they must go, and are members of generation {generation}"
         for uids in self.started.values():
             assert len(uids) == len(set(uids)), "an agent starts a generation once"
         places = [
