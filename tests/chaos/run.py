@@ -148,7 +148,7 @@ class Chaos:
                 outcome.touches += self._world.befall(fault, jobs)
                 outcome.told.append(str(fault))
             except Missed as error:
-                outcome.told.append(f"{fault}, missed: {str(error).splitlines()[0]}")
+                outcome.told.append(f"{fault}, missed: {str(error).splitlines()[-1]}")
 
         with ThreadPoolExecutor(max(1, len(faults))) as pool:
             for done in [pool.submit(befall, fault) for fault in faults]:
