@@ -21,7 +21,7 @@ def test_every_seed_has_something_that_a_job_must_get_over() -> None:
     assert all(any(fault.kind in OF_A_JOB for fault in scenario(seed).faults) for seed in SEEDS)
 
 
-@pytest.mark.parametrize("first", range(1, 101, 20))
+@pytest.mark.parametrize("first", [1, 21])
 def test_the_plan_keeps_its_promises_whatever_the_seed(first: int) -> None:
     for seed in range(first, first + 20):
         play(seed)
