@@ -243,7 +243,9 @@ class Report:
     """What one agent is and has seen.
 
     ``instance`` changes when the agent process does. ``generation`` is the newest it started, 0 before the first. ``address`` and
-    ``port`` are where this pod would host a generation's rendezvous; the port is one that the agent found free.
+    ``port`` are where this pod would host a generation's rendezvous; the port is one that the agent found free. ``leaving`` tells that it was
+    told to go, and starts nothing any more. ``number`` rises with each report of an instance: what a network has held back comes after what
+    was said later. 0: not counted.
     """
 
     pod_uid: str
@@ -264,6 +266,8 @@ class Report:
     exits: List[Exit] = field(default_factory=list)
     stalled: Optional[Stalled] = None
     paces: List[Pace] = field(default_factory=list)
+    leaving: bool = False
+    number: int = 0
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,7 @@ class Agent:
             exits=self.record.exits,
             stalled=self._stalled,
             paces=self._watch.paces(),
+            leaving=self._verdict == TERMINATED,
         )
 
     @property

@@ -7,6 +7,7 @@ the next one to whoever leads (a follower answers 503).
 """
 
 import http.client
+import itertools
 import json
 import random
 import socket
@@ -248,10 +249,10 @@ class Reporter:
     def run(self) -> None:
         """Be the thread."""
         backoff = Backoff()
-        while True:
+        for number in itertools.count(1):
             report = self._wait_until_due()
             try:
-                order = self._server.report(fit(report))
+                order = self._server.report(fit(replace(report, number=number)))
             except Unavailable as error:
                 time.sleep(backoff.failed(error))
                 continue

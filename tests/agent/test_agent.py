@@ -159,6 +159,17 @@ def test_a_script_that_ends_with_zero_after_sigterm_has_not_succeeded():
     assert machine.report().state is AgentState.STOPPED
 
 
+def test_an_agent_that_was_told_to_go_says_so_and_one_whose_job_is_over_has_nobody_to_tell():
+    machine = agent()
+    drive(machine, [*BOTH_RUN])
+    assert not machine.report().leaving
+    drive(machine, [Terminate()])
+    assert machine.report().leaving
+    finished = agent()
+    drive(finished, [*BOTH_RUN, order(FINISH, 1)])
+    assert not finished.report().leaving
+
+
 def test_exits_are_told_in_the_order_in_which_they_came_and_once_for_each_rank():
     machine = agent()
     drive(machine, [*BOTH_RUN, ended(1, None, signal=9), ended(0, 1), ended(1, 1)])

@@ -281,3 +281,26 @@ def test_only_the_living_below_a_process_are_its_descendants():
     os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)
     assert ended not in processes.descendants(os.getpid())
     os.waitpid(ended, 0)
+
+
+def test_reports_are_counted_those_that_did_not_arrive_too(monkeypatch):
+    class Enough(BaseException):
+        pass
+
+    class Server:
+        def __init__(self):
+            self.numbers = []
+
+        def report(self, body):
+            self.numbers.append(from_wire(Report, json.loads(body)).number)
+            if len(self.numbers) == 3:
+                raise Enough
+            raise Unavailable("away")
+
+    monkeypatch.setattr("finetune_agent.reporting.time.sleep", lambda seconds: None)
+    server = Server()
+    reporter = Reporter(server, Orders(lambda order: None))
+    reporter.publish(report())
+    with pytest.raises(Enough):
+        reporter.run()
+    assert server.numbers == [1, 2, 3]

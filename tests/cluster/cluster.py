@@ -272,6 +272,13 @@ class Cluster:
     def heal_node(self, name: str) -> None:
         self.network.heal(self.node(name).index)
 
+    def slow_node(self, name: str, rate: str) -> None:
+        """Its cable carries so many bits a second, such as "1mbit"."""
+        self.network.slow(self.node(name).index, rate)
+
+    def fast_node(self, name: str) -> None:
+        self.network.fast(self.node(name).index)
+
     def drop_forwarded(self, port: int) -> None:
         """Nobody reaches a pod at this TCP port any more; open connections fall silent too."""
         for node in self.nodes():

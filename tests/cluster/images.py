@@ -148,7 +148,12 @@ def _import(image: str, root: Path, socket: Path) -> None:
         raise ClusterError(f"importing {image} failed: {said.strip()}")
 
 
+def derive(name: str, base: str, files: Mapping[str, bytes]) -> None:
+    """Make an image that is another one with some files more. Call with the lock held."""
+    _LAYOUT.derive(name, base, files)
+
+
 def load_on_node(image: str, node: Node) -> None:
-    """Bring an image of the template to a node that runs already."""
+    """Bring an image of the layout to a node that runs already."""
     if image not in node.ctr("images", "ls", "-q").split():
         _import(image, node.containerd_root, node.socket)

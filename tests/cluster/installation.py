@@ -70,6 +70,12 @@ def uninstall_operator(cluster: Cluster) -> None:
     cluster.helm("uninstall", RELEASE, "--namespace", SYSTEM_NAMESPACE, "--wait", "--ignore-not-found")
 
 
+def leader(cluster: Cluster) -> str:
+    """Return the name of the pod that holds the lease; empty when none does."""
+    lease = cluster.get("lease", RELEASE, SYSTEM_NAMESPACE)
+    return str(lease["spec"].get("holderIdentity", "")).partition("_")[0]
+
+
 def operator_log(cluster: Cluster) -> str:
     """Return what the operator's replicas have printed."""
     selector = f"app.kubernetes.io/instance={RELEASE}"

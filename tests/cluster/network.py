@@ -104,6 +104,19 @@ class Network:
         rule = ("FORWARD", "--source", source, "--destination", destination, "--jump", "DROP")
         self._in(self.node(index), "iptables", "--wait", "--delete" if heal else "--insert", *rule)
 
+    def slow(self, index: int, rate: str) -> None:
+        """Let no more than so many bits a second through a node's cable, in each direction."""
+        bucket = ("tbf", "rate", rate, "burst", "32kbit", "latency", "400ms")
+        for namespace, interface in self._ends(index):
+            self._in(namespace, "tc", "qdisc", "replace", "dev", interface, "root", *bucket)
+
+    def fast(self, index: int) -> None:
+        for namespace, interface in self._ends(index):
+            self._in(namespace, "tc", "qdisc", "delete", "dev", interface, "root")
+
+    def _ends(self, index: int) -> tuple[tuple[str, str], ...]:
+        return (self.host, f"veth{index}"), (self.node(index), "eth0")
+
     def remove(self) -> None:
         """Remove whatever of it exists; a namespace goes for good once the last process in it has gone."""
         with suppress(ClusterError):

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -66,13 +67,26 @@ class Layout:
 
     def write_single_file_image(self, name: str, program: Path) -> None:
         """An image of one static program: all there is to a pause container."""
-        layer = _tar_of(program)
         config = {
             "architecture": "amd64",
             "os": "linux",
             "config": {"Entrypoint": [f"/{program.name}"], "User": "65535:65535"},
-            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
+            "rootfs": {"type": "layers", "diff_ids": []},
         }
+        self._write_image(name, config, [], _tar_of({program.name: program.read_bytes()}, mode=0o755))
+
+    def derive(self, name: str, base: str, files: Mapping[str, bytes]) -> None:
+        """An image that is another one of this layout with some files more."""
+        manifest = json.loads(self.blob(self.manifest(base)["digest"]).read_text())
+        config = json.loads(self.blob(manifest["config"]["digest"]).read_text())
+        self._write_image(name, config, manifest["layers"], _tar_of(files, mode=0o644))
+
+    def _write_image(
+        self, name: str, config: Mapping[str, Any], below: Sequence[Mapping[str, Any]], layer: bytes
+    ) -> None:
+        filesystem = config["rootfs"]
+        diff_ids = [*filesystem["diff_ids"], f"sha256:{hashlib.sha256(layer).hexdigest()}"]
+        config = {**config, "rootfs": {**filesystem, "diff_ids": diff_ids}, "history": []}
         manifest = {
             "schemaVersion": 2,
             "mediaType": _MANIFEST,
@@ -80,7 +94,7 @@ class Layout:
                 "mediaType": "application/vnd.oci.image.config.v1+json",
                 **self._add(json.dumps(config).encode()),
             },
-            "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", **self._add(layer)}],
+            "layers": [*below, {"mediaType": "application/vnd.oci.image.layer.v1.tar", **self._add(layer)}],
         }
         entry = {"mediaType": _MANIFEST, **self._add(json.dumps(manifest).encode()), "annotations": {_REF_NAME: name}}
         self._write_index([other for other in self.index() if other["annotations"][_REF_NAME] != name] + [entry])
@@ -89,7 +103,8 @@ class Layout:
         digest = hashlib.sha256(content).hexdigest()
         file = self.blob(digest)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
+        if not file.exists():  # else perhaps containerd's too, and read just now
+            file.write_bytes(content)
         return {"digest": f"sha256:{digest}", "size": len(content)}
 
     def _write_index(self, entries: list[dict[str, Any]]) -> None:
@@ -99,13 +114,11 @@ class Layout:
         scratch.replace(self.directory / "index.json")
 
 
-def _tar_of(program: Path) -> bytes:
+def _tar_of(files: Mapping[str, bytes], *, mode: int) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        info = archive.gettarinfo(str(program), arcname=program.name)
-        info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode = 0, 0, 0, "", "", 0o755
-        with program.open("rb") as file:
-            archive.addfile(info, file)
+        for name, content in files.items():
+            _add_bytes(archive, name, content, mode)
     return buffer.getvalue()
 
 
@@ -131,7 +144,7 @@ def _is_stored(containerd_root: Path, digest: str) -> bool:
     return (containerd_root / CONTAINERD_BLOBS / digest.removeprefix("sha256:")).exists()
 
 
-def _add_bytes(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+def _add_bytes(archive: tarfile.TarFile, name: str, content: bytes, mode: int = 0o644) -> None:
     info = tarfile.TarInfo(name)
-    info.size = len(content)
+    info.size, info.mode = len(content), mode
     archive.addfile(info, io.BytesIO(content))

@@ -12,7 +12,7 @@ import yaml
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.console import say
-from tests.cluster.installation import RELEASE, ROOT, SYSTEM_NAMESPACE, install_on
+from tests.cluster.installation import RELEASE, ROOT, SYSTEM_NAMESPACE, install_on, leader
 from tests.cluster.jobs import Job, submit
 from tests.cluster.training_inputs import script_spec
 
@@ -69,12 +69,6 @@ def replicas(cluster: Cluster) -> list[dict]:
     selector = f"app.kubernetes.io/instance={RELEASE}"
     said = cluster.kubectl("get", "pods", "--namespace", SYSTEM_NAMESPACE, "-l", selector, "-o", "json")
     return [pod for pod in json.loads(said)["items"] if "deletionTimestamp" not in pod["metadata"]]
-
-
-def leader(cluster: Cluster) -> str:
-    """Return the name of the pod that holds the lease; empty when none does."""
-    lease = cluster.get("lease", RELEASE, SYSTEM_NAMESPACE)
-    return lease["spec"].get("holderIdentity", "").partition("_")[0]
 
 
 def is_ready(pod: dict) -> bool:

@@ -79,6 +79,7 @@ class SimulatedAgent:
             saves=self.saves_now,
             resumed=self.resumed,
             exits=list(self.exits),
+            leaving=self.leaving,
             stalled=self.stalled if running else None,
         )
 
@@ -131,7 +132,8 @@ class Cluster:
     def __init__(self, spec: str = "", nodes: int = 2) -> None:
         self.api = FakeKubeApi()
         self.now = NOON
-        self.api.clock = self.clock
+        self.skew = self.skewed = timedelta()
+        self.api.clock = lambda: self.now
         self.agents: dict[str, SimulatedAgent] = {}
         self.told: defaultdict[int, set[tuple[int, str, int, str, int]]] = defaultdict(set)
         self.started: defaultdict[int, list[str]] = defaultdict(list)
@@ -164,7 +166,13 @@ class Cluster:
         )
 
     def clock(self) -> datetime:
-        return self.now
+        """What the operator's clock shows, which may be off."""
+        return self.now + self.skew
+
+    def set_clock(self, skew: timedelta) -> None:
+        """The operator's clock jumps, and is off by so much from then on."""
+        self.skewed += abs(skew - self.skew)
+        self.skew = skew
 
     def wait(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
@@ -361,11 +369,11 @@ class Cluster:
                 assert entry["used"] <= self.job["spec"].get("recovery", {}).get("maxRestarts", 8)
 
     def _check_goodput(self, status: KubeObject) -> None:
-        """No second is counted twice, and none is made up."""
+        """No second is counted twice, and none is made up but by a clock that jumps."""
         goodput = status.get("goodput")
         if goodput is not None:
             counted = goodput["productiveSeconds"] + sum(goodput["lostSeconds"].values())
-            assert counted <= (self.now - instant(status["startTime"])).total_seconds() + 1.0
+            assert counted <= (self.now + self.skewed - instant(status["startTime"])).total_seconds() + 1.0
             assert 0 <= goodput["percent"] <= 100
 
     job_uid = job_body()["metadata"]["uid"]

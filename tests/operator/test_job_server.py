@@ -363,7 +363,7 @@ def of_another_kind_of_key(scene: Scene) -> str:
 BAD_TOKENS = {
     "none": lambda scene: None,
     "no token at all": lambda scene: "nonsense",
-    "one that has expired": lambda scene: scene.token(seconds=-60),
+    "one that has expired": lambda scene: scene.token(seconds=-90),
     "one that never expires": lambda scene: scene.token(drop=("exp",)),
     "one that is not valid yet": lambda scene: scene.token(nbf=datetime.now(UTC) + timedelta(hours=1)),
     "one for another audience": lambda scene: scene.token(aud=["https://kubernetes.default.svc"]),
@@ -387,6 +387,13 @@ async def test_tokens_that_are_refused(scene: Scene, make: Any) -> None:
         assert status == 401
         assert "token" in answer["error"]
     assert (dict(scene.reports.heard), scene.news) == ({}, [])
+
+
+@pytest.mark.parametrize("ahead", [45, -45], ids=["a clock that is ahead of ours", "a clock that is behind"])
+async def test_a_token_made_by_another_clock_is_accepted(scene: Scene, ahead: int) -> None:
+    made = datetime.now(UTC) + timedelta(seconds=ahead)
+    status, _ = await scene.report(token=scene.token(iat=made, nbf=made, seconds=min(ahead, 0) + 1))
+    assert status == 200
 
 
 async def test_another_scheme_than_bearer_is_refused(scene: Scene) -> None:

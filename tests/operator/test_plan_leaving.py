@@ -196,3 +196,23 @@ def test_a_preemption_that_has_only_been_announced_changes_nothing() -> None:
     story.change(1, disruption="PreemptionByScheduler")
     story.go()
     assert (story.generation, story.phase) == (1, "Running")
+
+
+def test_an_agent_that_knows_of_its_end_before_we_do_is_not_counted_on_again() -> None:
+    story = Story().trains()
+    story.report(1, generation=1, state=AgentState.STOPPED, leaving=True)
+    story.go()
+    assert (story.generation, story.attempts) == (2, ["PodDeleted"])
+    assert story.job.status.gang.members == [], "its pod looks as well as ever"
+    story.vanish(1)
+    assert story.go().create == (NewPod(1, 2),)
+    assert story.recovers().attempts == ["PodDeleted"]
+
+
+def test_a_container_that_is_started_again_is_counted_on_again() -> None:
+    story = Story().trains()
+    story.report(1, generation=1, state=AgentState.STOPPED, leaving=True)
+    story.go()
+    story.report(1, generation=1, state=AgentState.STOPPED, leaving=False)
+    story.go()
+    assert [member.rank for member in story.job.status.gang.members] == [0, 1]

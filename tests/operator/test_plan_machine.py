@@ -1,6 +1,7 @@
 """Any order of faults: hypothesis plays the cluster against the operator, and when the faults stop the job comes to an end."""
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -227,6 +228,13 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 3.0, 30.0, 700.0]))
     def time_passes(self, seconds: float) -> None:
         self.cluster.wait(seconds)
+
+    @rule(seconds=st.sampled_from([-3600.0, -40.0, -3.0, 3.0, 12.0, 40.0, 3600.0]), restarts=st.booleans())
+    def the_operators_clock_is_set(self, seconds: float, restarts: bool) -> None:
+        """By a time server that was away, or because the next operator runs on another node."""
+        self.cluster.set_clock(timedelta(seconds=seconds))
+        if restarts:
+            self.cluster.restart_operator()
 
     # What must hold.
 

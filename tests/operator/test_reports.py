@@ -317,3 +317,37 @@ def test_what_a_trainer_says_is_plausible() -> None:
             checkpoint=Checkpoint(8, "s3://x", 1, "2026-01-01T12:00:00Z"),
         )
     )
+
+
+COMMITTED = [Checkpoint(step, "s3://x", 1, "2026-01-01T12:00:00Z") for step in (5, 8)]
+HELD_BACK = {
+    "of the same instance": replace(FIRST, number=1, checkpoint=COMMITTED[0]),
+    "of the instance before": replace(FIRST, instance="first", number=9, checkpoint=COMMITTED[0]),
+}
+
+
+@pytest.mark.parametrize("late", HELD_BACK.values(), ids=HELD_BACK.keys())
+def test_a_report_that_arrives_after_a_newer_one_says_nothing(late: Report) -> None:
+    clock = Clock()
+    reports = Reports(clock)
+    newest = replace(FIRST, number=2, checkpoint=COMMITTED[1])
+    reports.hear(replace(FIRST, instance="first", number=8))
+    reports.hear(newest)
+    clock.now += timedelta(seconds=9)
+    assert not reports.hear(late)
+    assert reports.heard["pod-1"].report == newest
+    assert reports.heard["pod-1"].at == NOON, "what was on its way is no sign of life"
+
+
+def test_an_agent_that_does_not_count_its_reports_is_heard() -> None:
+    reports = Reports(Clock())
+    reports.hear(FIRST)
+    assert reports.hear(replace(FIRST, checkpoint=COMMITTED[0]))
+
+
+def test_a_pod_that_is_gone_leaves_nothing_behind() -> None:
+    reports = Reports(Clock())
+    reports.hear(FIRST)
+    reports.hear(replace(FIRST, instance="second"))
+    reports.keep_only(set())
+    assert (dict(reports.heard), reports._former) == ({}, {})

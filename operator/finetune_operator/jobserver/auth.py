@@ -25,6 +25,7 @@ ALGORITHMS = ["RS256", "ES256"]
 REFRESH_SECONDS = 10.0  # unknown key ids cause no more than one fetch in this time
 TOKENS_AT_HAND = 16384
 RETRY_SECONDS = 1.0  # and no more than one in this time after a fetch that failed
+LEEWAY_SECONDS = 60.0  # by which our clock may be off: as much as the API server itself allows tokens
 
 
 class Unauthorized(Exception):
@@ -82,6 +83,7 @@ class TokenVerifier:
                 algorithms=[key.algorithm_name],  # the key's own: what the token says of it is not believed
                 audience=TOKEN_AUDIENCE,
                 issuer=self._issuer,
+                leeway=LEEWAY_SECONDS,
                 options={"require": ["exp", "iss", "aud"]},
             )
         except jwt.PyJWTError as error:

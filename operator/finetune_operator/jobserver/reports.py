@@ -2,6 +2,8 @@
 
 Every message counts as hearing an agent, a question as much as a report. A connection that is open does not: one to a node that is cut off
 stays so for a long time.
+
+Nor does what was said before something that is known: a connection that was given up may still deliver, seconds after the next one has.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +15,8 @@ from finetune_api.protocol import Report
 from finetune_operator.plan.observation import Heard, Hearing
 from finetune_operator.plan.silence import LATE_SECONDS
 
+FORMER_INSTANCES = 8  # of an agent, whose last words may still be on their way
+
 
 class Reports:
     """What agents say, by pod uid."""
@@ -20,6 +24,7 @@ class Reports:
     def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
         self._heard: dict[str, Heard] = {}
+        self._former: dict[str, tuple[str, ...]] = {}
         self.start_listening()
 
     def start_listening(self) -> None:
@@ -39,12 +44,24 @@ class Reports:
     def hear(self, report: Report) -> bool:
         """Take a report in, and tell whether it is news for a decision or for status."""
         known, now = self._heard.get(report.pod_uid), self._clock()
+        if known is not None and self._is_outdated(report, known.report):
+            return False
         self._listen(now)
         if known is None or _outcome(known.report) != _outcome(report):
             self._heard[report.pod_uid] = Heard(report=report, since=now, at=now)
             return True
         self._heard[report.pod_uid] = _with_step(replace(known, report=report, at=now), known)
         return _telling(known.report) != _telling(report) or _was_late(known, now)
+
+    def _is_outdated(self, report: Report, known: Report) -> bool:
+        """Tell whether a report was made before the one that is known. Agents of an older version do not count theirs."""
+        former = self._former.get(report.pod_uid, ())
+        if report.instance == known.instance:
+            return 0 < report.number < known.number
+        if report.instance in former:
+            return True
+        self._former[report.pod_uid] = (*former, known.instance)[-FORMER_INSTANCES:]
+        return False
 
     def hear_question(self, pod_uid: str) -> bool:
         """Take in that an agent has asked for its order, and tell whether that is news."""
@@ -63,6 +80,7 @@ class Reports:
         """Forget all pods but these."""
         for uid in self._heard.keys() - pod_uids:
             del self._heard[uid]
+            self._former.pop(uid, None)
 
 
 def _with_step(new: Heard, known: Heard) -> Heard:

@@ -152,8 +152,11 @@ def _member_failure(observed: Observation, gang: Gang, member: Member) -> Failur
     lost = _lost(observed, gang, pod, member)
     if heard and said and said.state in (AgentState.FAILED, AgentState.STOPPED):
         reported = _reported(pod, member, heard, said)
-        was_asked = said.state == AgentState.STOPPED and reported.failure_class != FailureClass.SAVED
-        return lost if lost and was_asked else reported  # how workers end that do not save says nothing
+        if said.state != AgentState.STOPPED or reported.failure_class == FailureClass.SAVED:
+            return reported
+        if lost is None and said.leaving:  # the agent knows of its pod's end before we do
+            lost = _lost_pod(observed, pod, member)
+        return lost or reported  # how workers end that do not save says nothing
     return None if may_still_save(observed, gang, member) else lost
 
 

@@ -42,10 +42,12 @@ def find_loss(observed: Observation, gang: Gang, pod: PodView) -> Problem | None
 
 
 def is_at_hand(observed: Observation, pod: PodView) -> bool:
-    """Tell whether a pod's agent has been heard just now, so that a gang can count on it."""
+    """Tell whether a pod's agent has been heard just now, so that a gang can count on it. One that must go may know so before we do."""
     heard = observed.heard.get(pod.uid)
-    if heard is None or observed.hearing is None:
-        return heard is not None
+    if heard is None or heard.report.leaving:
+        return False
+    if observed.hearing is None:
+        return True
     return (observed.now - heard.at).total_seconds() <= LATE_SECONDS
 
 
