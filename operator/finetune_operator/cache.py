@@ -3,10 +3,14 @@
 kopf emits no DELETED event for what vanished while a watch was down, so a cache fed by events alone keeps ghosts. ``sweep`` mends that:
 a full list replaces everything that the cache already knew when the list was asked for. The other way round, a list or an answer that was
 under way while the watch showed the end of an object must not bring it back: uids that are gone are remembered for two sweeps.
+
+Lists and the answers to our own writes know of versions that the watch must show soon after. Since when it has not is remembered for each
+object, so a watch that is dead or late is noticed by what it fails to show.
 """
 
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, NewType, TypeVar
 
@@ -19,17 +23,21 @@ T = TypeVar("T")
 @dataclass(slots=True)
 class _Entry(Generic[T]):
     value: T
+    version: str
     seen: int  # number of the sweep during which it was seen last
+    unshown_since: float | None  # when this or an older version was got that the watch has not shown since
 
 
 class Cache:
     """Jobs by key, pods by uid and by the job that owns them."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._jobs: dict[JobKey, _Entry[dict[str, Any]]] = {}
         self._pods: dict[str, _Entry[PodView]] = {}
         self._pods_of: defaultdict[str, set[str]] = defaultdict(set)
         self._sweep = 0
+        self.is_synced = False  # whether all there is has been listed
         self._gone: dict[str, int] = {}  # uid → number of the sweep during which it went
 
     def job(self, key: JobKey) -> dict[str, Any] | None:
@@ -62,7 +70,13 @@ class Cache:
         """Return the uids of all pods."""
         return set(self._pods)
 
-    def observe_job(self, body: Mapping[str, Any], *, deleted: bool = False) -> JobKey:
+    def unshown_seconds(self) -> float:
+        """Return for how long the watches have been silent on what they should have shown; 0 when they have shown everything."""
+        entries: list[_Entry[Any]] = [*self._jobs.values(), *self._pods.values()]
+        since = [entry.unshown_since for entry in entries if entry.unshown_since is not None]
+        return self._clock() - min(since) if since else 0.0
+
+    def observe_job(self, body: Mapping[str, Any], *, deleted: bool = False, by_watch: bool = False) -> JobKey:
         """Take in what a watch, a list or an answer says of a job; an older version than the known one changes nothing."""
         key, metadata = job_key(body), body["metadata"]
         known = self._jobs.get(key)
@@ -70,13 +84,13 @@ class Cache:
             self.forget_job(key, metadata["uid"])
         elif metadata["uid"] in self._gone:
             pass
-        elif known is None or not _is_older(metadata["resourceVersion"], known.value["metadata"]["resourceVersion"]):
-            self._jobs[key] = _Entry(_trimmed(body), self._sweep)
+        elif known is not None and _is_older(metadata["resourceVersion"], known.version):
+            self._see_older(known, by_watch=by_watch)
         else:
-            known.seen = self._sweep
+            self._jobs[key] = self._entry(_trimmed(body), metadata["resourceVersion"], known, by_watch=by_watch)
         return key
 
-    def observe_pod(self, body: Mapping[str, Any], *, deleted: bool = False) -> JobKey | None:
+    def observe_pod(self, body: Mapping[str, Any], *, deleted: bool = False, by_watch: bool = False) -> JobKey | None:
         """Take in what a watch, a list or an answer says of a pod, and return its job's key."""
         pod = pod_view(body)
         if pod is None:
@@ -86,11 +100,11 @@ class Cache:
             self.forget_pod(pod.uid)
         elif pod.uid in self._gone:
             pass
-        elif known is None or not _is_older(pod.resource_version, known.value.resource_version):
-            self._pods[pod.uid] = _Entry(pod, self._sweep)
-            self._pods_of[pod.job_uid].add(pod.uid)
+        elif known is not None and _is_older(pod.resource_version, known.version):
+            self._see_older(known, by_watch=by_watch)
         else:
-            known.seen = self._sweep
+            self._pods[pod.uid] = self._entry(pod, pod.resource_version, known, by_watch=by_watch)
+            self._pods_of[pod.job_uid].add(pod.uid)
         return JobKey((pod.namespace, pod.job))
 
     def forget_job(self, key: JobKey, uid: str) -> None:
@@ -111,6 +125,7 @@ class Cache:
 
     def end_sweep(self) -> set[JobKey]:
         """Call after taking full lists in; forgets what neither they nor a watch have shown since, and returns whose it was."""
+        self.is_synced = True
         touched: set[JobKey] = set()
         for key, job in list(self._jobs.items()):
             if job.seen < self._sweep:
@@ -122,6 +137,22 @@ class Cache:
                 self._drop_pod(uid)
         self._gone = {uid: sweep for uid, sweep in self._gone.items() if sweep >= self._sweep - 1}
         return touched
+
+    def _entry(self, value: T, version: str, known: _Entry[Any] | None, *, by_watch: bool) -> _Entry[T]:
+        """Return what is known now of an object that was not known, or only in an older version or this one."""
+        if by_watch:
+            unshown_since = None
+        elif known is None or (known.unshown_since is None and known.version != version):
+            unshown_since = self._clock()
+        else:
+            unshown_since = known.unshown_since
+        return _Entry(value, version, self._sweep, unshown_since)
+
+    def _see_older(self, known: _Entry[Any], *, by_watch: bool) -> None:
+        """Take in that an object is there. A watch that shows an older version is late, and alive."""
+        known.seen = self._sweep
+        if by_watch and known.unshown_since is not None:
+            known.unshown_since = self._clock()
 
     def _drop_pod(self, uid: str) -> None:
         entry = self._pods.pop(uid, None)

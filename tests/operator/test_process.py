@@ -29,7 +29,7 @@ class Scene:
         self.processes: dict[str, asyncio.subprocess.Process] = {}
 
     async def start(self, name: str) -> asyncio.subprocess.Process:
-        ports = {"jobServerPort": free_port(), "healthPort": free_port()}
+        ports = {name: free_port() for name in ("jobServerPort", "healthPort", "metricsPort")}
         config = self._write(name, yaml.safe_load(SETTINGS) | ports | {"leaderElection": TIMES})
         metadata = {"name": name, "namespace": "finetune-system", "uid": f"uid-{name}"}
         self.server.api.store(PODS, {"kind": "Pod", "metadata": metadata})

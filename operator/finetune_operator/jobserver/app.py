@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from pydantic import ValidationError
 
 from finetune_api.contract import ORDER_PATH, ORDER_POLL_SECONDS, REPORT_BYTES_LIMIT, REPORT_PATH
@@ -50,9 +51,9 @@ class JobServer:
         self._changed: dict[JobKey, asyncio.Event] = {}
         self._at_hand: dict[JobKey, tuple[dict[str, Any], FineTuneJob]] = {}  # as cached, and parsed; the oldest first
 
-    def app(self) -> web.Application:
+    def app(self, *middlewares: Middleware) -> web.Application:
         """Return the web application."""
-        app = web.Application(client_max_size=REPORT_BYTES_LIMIT)
+        app = web.Application(client_max_size=REPORT_BYTES_LIMIT, middlewares=middlewares)
         app.add_routes([web.post(REPORT_PATH, self._post_report), web.get(ORDER_PATH, self._get_order)])
         return app
 
