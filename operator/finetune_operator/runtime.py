@@ -28,11 +28,11 @@ from finetune_operator.kube_object import KubeObject
 from finetune_operator.leader import Campaign, Lease, OwnPod, identity_of, own_pod
 from finetune_operator.leader_label import show_leader
 from finetune_operator.observability.event_loop import measure_lag
-from finetune_operator.observability.fleet import Fleet
 from finetune_operator.observability.health import Health
 from finetune_operator.observability.history import History
 from finetune_operator.observability.logs import about
 from finetune_operator.observability.metrics import Metrics, Outcome
+from finetune_operator.observability.vitals import Vitals
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
 from finetune_operator.workqueue import WorkQueue
@@ -46,7 +46,6 @@ START_RETRY_SECONDS = 2.0
 CERTIFICATE_SECONDS = 3600.0
 LABEL_SECONDS = 30.0
 LABEL_RETRY_SECONDS = 1.0
-WATCH_DEAD_SECONDS = RESYNC_SECONDS + 60.0  # what is gone needs no watch to show it, but a list
 GOODBYE_SECONDS = 1.0  # for requests that are being answered when the process stops
 
 T = TypeVar("T")
@@ -81,7 +80,15 @@ class Runtime:
             history=History(metrics),
             clock=_now,
         )
-        self._register_gauges()
+        self.vitals = Vitals(
+            cache=self.cache,
+            queue=self.queue,
+            reports=self._reports,
+            lease=lease,
+            metrics=metrics,
+            silent_seconds=settings.silent_seconds,
+            clock=_now,
+        )
         self._campaign: Campaign | None = None
         self._pod = own_pod()
         self._runners: list[web.AppRunner] = []
@@ -102,7 +109,7 @@ class Runtime:
         lease = Lease()
         client = await KubeClient.connect(may_write=lease.has_time, on_answer=metrics.api.record)
         runtime = cls(settings, client, lease, certificates, metrics)
-        health.trouble, health.unready = runtime._trouble, runtime._why_not_ready
+        health.trouble, health.unready = runtime.vitals.trouble, runtime._why_not_ready
         runtime._runners += [health_runner, metrics_runner]
         runtime._spawn(measure_lag(metrics.event_loop_lag.observe), "event loop lag", on_fatal)
         await _patiently(runtime._take_stock)
@@ -287,33 +294,12 @@ class Runtime:
         generation = job.get("status", {}).get("gang", {}).get("generation")
         return {"namespace": namespace, "job": name, "uid": uid, "generation": generation}
 
-    def _trouble(self) -> str:
-        """Return why this process has to be started anew, for the event loop answers."""
-        lag = self._watch_lag()
-        return f"the watches have been silent for {lag:.0f} s on what lists show" if lag > WATCH_DEAD_SECONDS else ""
-
     def _why_not_ready(self) -> str:
         if self._stopping:
             return "stopping"
         if not self.cache.is_synced:
             return "not all jobs and pods are listed yet"
         return "" if self._agents_door and self._agents_door.addresses else "the job server does not listen"
-
-    def _watch_lag(self) -> float:
-        """Return for how long the watches have been silent while the API server answered."""
-        return min(self.cache.unshown_seconds(), self._metrics.api.seconds_since_failure())
-
-    def _register_gauges(self) -> None:
-        gauge = self._metrics.gauge
-        gauge("leader", "1 while this replica leads.", self._lease.has_time)
-        gauge("queue_depth", "Jobs that wait for a worker.", lambda: len(self.queue))
-        gauge("agents_connected", "Agents that this replica has heard of late.", self._count_agents)
-        gauge("watch_lag_seconds", "Time since watches should have shown what lists and answers did.", self._watch_lag)
-        self._metrics.registry.register(Fleet(jobs=self.cache.jobs, leads=self._lease.has_time, clock=_now))
-
-    def _count_agents(self) -> int:
-        now, limit = _now(), self._settings.silent_seconds
-        return sum((now - heard.at).total_seconds() <= limit for heard in self._reports.heard.values())
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str, on_fatal: Callable[[], None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name=name)

@@ -9,14 +9,18 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from finetune_api.protocol import Saves
+from finetune_operator.cache import Cache
+from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.client import Answer
+from finetune_operator.leader import Lease
 from finetune_operator.observability.api_answers import ApiAnswers
 from finetune_operator.observability.fleet import Fleet
 from finetune_operator.observability.history import History
 from finetune_operator.observability.metrics import Metrics
+from finetune_operator.observability.vitals import Vitals
 from finetune_operator.plan.observation import Plan
 from tests.operator.documents import NOON, RECIPE, SCRIPT, job_body
-from tests.operator.story import Story
+from tests.operator.story import Story, idle_report
 from tests.operator.test_plan_goodput import begins, reaches
 
 PREFIX = "finetune_operator_"
@@ -220,6 +224,37 @@ def test_only_the_leader_counts_jobs() -> None:
 
 def test_the_number_of_series_does_not_grow_with_the_jobs() -> None:
     assert fleet(JOBS).keys() == fleet(JOBS * 50).keys()
+
+
+# The process
+
+
+def test_agents_count_while_they_are_heard() -> None:
+    now = [NOON]
+    reports, metrics = Reports(lambda: now[0]), Metrics()
+    lease, queue = Lease(), ["a job", "another"]
+    Vitals(
+        cache=Cache(),
+        queue=queue,
+        reports=reports,
+        lease=lease,
+        metrics=metrics,
+        silent_seconds=30,
+        clock=lambda: now[0],
+    )
+
+    def value(name: str) -> float | None:
+        return metrics.registry.get_sample_value(PREFIX + name)
+
+    reports.hear(idle_report("pod-1", 0))
+    now[0] += timedelta(seconds=20)
+    reports.hear(idle_report("pod-2", 1))
+    assert value("agents_connected") == 2
+    now[0] += timedelta(seconds=20)
+    assert value("agents_connected") == 1
+    assert (value("queue_depth"), value("leader"), value("watch_lag_seconds")) == (2, 0, 0)
+    lease.prolong(lease.clock() + 60)
+    assert value("leader") == 1
 
 
 # The API server's answers

@@ -190,7 +190,7 @@ async def test_a_probe_says_what_is_wrong(scene: Scene, monkeypatch: pytest.Monk
     first = await scene.replica("a").starts()
     await scene.until(lambda: len(scene.training_pods) == 2 and not scene.api.events)
     assert (await first.probed("/healthz"), await first.probed("/readyz")) == ("ok", "ok")
-    monkeypatch.setattr("finetune_operator.runtime.WATCH_DEAD_SECONDS", 0.2)
+    monkeypatch.setattr("finetune_operator.observability.vitals.WATCH_DEAD_SECONDS", 0.2)
     scene.api.store(JOBS, job_body(name="another", uid="bbbbbccc-1"), "ADDED")
     scene.api.events.clear()  # the watches are dead from here on
     await first.runtime._take_stock()
