@@ -387,6 +387,9 @@ async def test_a_real_prometheus_scrapes_the_operator_and_evaluates_the_rules(
     await prometheus.says("sum(finetune_operator_jobs)", 2)
     await prometheus.says('finetune_operator_jobs{phase="Suspended"}', 1)
     await prometheus.says("finetune_operator_goodput_ratio", 0.75)
+    await prometheus.says(
+        "max(finetune_operator_watch_lag_seconds)", 0
+    )  # kopf has shown all that was listed and written
 
     known = set(await prometheus.ask("label/__name__/values"))
     named = {name for rule in alerts().values() for name in METRIC.findall(rule["expr"])}
