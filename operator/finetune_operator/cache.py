@@ -77,17 +77,18 @@ class Cache:
         return self._clock() - min(since) if since else 0.0
 
     def observe_job(self, body: Mapping[str, Any], *, deleted: bool = False, by_watch: bool = False) -> JobKey:
-        """Take in what a watch, a list or an answer says of a job; an older version than the known one changes nothing."""
+        """Take in what a watch, a list or an answer says of a job; only a newer version than the known one changes it."""
         key, metadata = job_key(body), body["metadata"]
         known = self._jobs.get(key)
         if deleted:
             self.forget_job(key, metadata["uid"])
         elif metadata["uid"] in self._gone:
             pass
-        elif known is not None and _is_older(metadata["resourceVersion"], known.version):
-            self._see_older(known, by_watch=by_watch)
+        elif known is None or _is_newer(metadata["resourceVersion"], known.version):
+            since = self._unshown_since(known, by_watch=by_watch)
+            self._jobs[key] = _Entry(_trimmed(body), metadata["resourceVersion"], self._sweep, since)
         else:
-            self._jobs[key] = self._entry(_trimmed(body), metadata["resourceVersion"], known, by_watch=by_watch)
+            self._see_again(known, metadata["resourceVersion"], by_watch=by_watch)
         return key
 
     def observe_pod(self, body: Mapping[str, Any], *, deleted: bool = False, by_watch: bool = False) -> JobKey | None:
@@ -100,11 +101,12 @@ class Cache:
             self.forget_pod(pod.uid)
         elif pod.uid in self._gone:
             pass
-        elif known is not None and _is_older(pod.resource_version, known.version):
-            self._see_older(known, by_watch=by_watch)
-        else:
-            self._pods[pod.uid] = self._entry(pod, pod.resource_version, known, by_watch=by_watch)
+        elif known is None or _is_newer(pod.resource_version, known.version):
+            since = self._unshown_since(known, by_watch=by_watch)
+            self._pods[pod.uid] = _Entry(pod, pod.resource_version, self._sweep, since)
             self._pods_of[pod.job_uid].add(pod.uid)
+        else:
+            self._see_again(known, pod.resource_version, by_watch=by_watch)
         return JobKey((pod.namespace, pod.job))
 
     def forget_job(self, key: JobKey, uid: str) -> None:
@@ -138,21 +140,17 @@ class Cache:
         self._gone = {uid: sweep for uid, sweep in self._gone.items() if sweep >= self._sweep - 1}
         return touched
 
-    def _entry(self, value: T, version: str, known: _Entry[Any] | None, *, by_watch: bool) -> _Entry[T]:
-        """Return what is known now of an object that was not known, or only in an older version or this one."""
+    def _unshown_since(self, known: _Entry[Any] | None, *, by_watch: bool) -> float | None:
+        """Return since when the watch owes an object of which there is a newer version."""
         if by_watch:
-            unshown_since = None
-        elif known is None or (known.unshown_since is None and known.version != version):
-            unshown_since = self._clock()
-        else:
-            unshown_since = known.unshown_since
-        return _Entry(value, version, self._sweep, unshown_since)
+            return None
+        return known.unshown_since if known is not None and known.unshown_since is not None else self._clock()
 
-    def _see_older(self, known: _Entry[Any], *, by_watch: bool) -> None:
-        """Take in that an object is there. A watch that shows an older version is late, and alive."""
+    def _see_again(self, known: _Entry[Any], version: str, *, by_watch: bool) -> None:
+        """Take in that an object is there. A watch that shows an older version than the known one is late, and alive."""
         known.seen = self._sweep
         if by_watch and known.unshown_since is not None:
-            known.unshown_since = self._clock()
+            known.unshown_since = None if version == known.version else self._clock()
 
     def _drop_pod(self, uid: str) -> None:
         entry = self._pods.pop(uid, None)
@@ -185,6 +183,6 @@ def _trimmed(body: Mapping[str, Any]) -> dict[str, Any]:
     return {"metadata": metadata, "spec": body.get("spec", {}), "status": body.get("status") or {}}
 
 
-def _is_older(new: str, known: str) -> bool:
-    """Tell whether a resource version is the older one; they are ordered numbers, also between objects of one kind."""
-    return int(new) < int(known)
+def _is_newer(new: str, known: str) -> bool:
+    """Tell whether a resource version is the newer one; they are ordered numbers, also between objects of one kind."""
+    return int(new) > int(known)
