@@ -62,6 +62,7 @@ class ApiModel(BaseModel):
         frozen=True,
         use_attribute_docstrings=True,
         allow_inf_nan=False,
+        hide_input_in_errors=True,  # errors are logged, and what was written may be a secret
     )
 
     rules: ClassVar[tuple[Rule, ...]] = ()

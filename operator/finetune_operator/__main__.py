@@ -37,15 +37,17 @@ def _install_agent(path: Path) -> int:
 
 def _run() -> int:
     from finetune_operator.kube.errors import KubeError
-    from finetune_operator.settings import read_settings
+    from finetune_operator.observability.logs import configure_logging
+    from finetune_operator.settings import Logging, read_settings
     from finetune_operator.watch import run_operator
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    configure_logging(Logging())  # until the settings are read
     try:
         settings = read_settings()
     except (OSError, ValidationError, ValueError) as error:
         logger.error("the configuration cannot be used: %s", error)  # noqa: TRY400  the message is the whole story
         return 78
+    configure_logging(settings.logging)
     try:
         asyncio.run(run_operator(settings))
     except KubeError as error:

@@ -4,6 +4,9 @@ kopf emits no DELETED event for what vanished while a watch was down, so a cache
 a full list replaces everything that the cache already knew when the list was asked for. The other way round, a list or an answer that was
 under way while the watch showed the end of an object must not bring it back: uids that are gone are remembered for two sweeps, and for longer
 than any answer is under way.
+
+Lists and the answers to our own writes know of versions that the watch must show soon after. Since when it has not is remembered for each
+object, so a watch that is dead or late is noticed by what it fails to show.
 """
 
 import time
@@ -23,7 +26,15 @@ REMEMBER_SECONDS = 120.0
 @dataclass(slots=True)
 class _Entry(Generic[T]):
     value: T
+    version: str
     seen: int  # number of the sweep during which it was seen last
+    unshown_since: float | None  # when this or an older version was got that the watch has not shown since
+
+
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    at: float
+    sweep: int
 
 
 class Cache:
@@ -35,7 +46,8 @@ class Cache:
         self._pods: dict[str, _Entry[PodView]] = {}
         self._pods_of: defaultdict[str, set[str]] = defaultdict(set)
         self._sweep = 0
-        self._gone: dict[str, _Entry[float]] = {}  # uid → when it went
+        self.is_synced = False  # whether all there is has been listed
+        self._gone: dict[str, _Gone] = {}  # by uid
 
     def job(self, key: JobKey) -> dict[str, Any] | None:
         """Return the newest known state of a job, as the API server wrote it."""
@@ -72,7 +84,13 @@ class Cache:
         gangs = [entry.value["status"].get("gang") or {} for entry in self._jobs.values()]
         return {member["uid"] for gang in gangs for member in gang.get("members", ())}
 
-    def observe_job(self, body: Mapping[str, Any], *, deleted: bool = False) -> JobKey:
+    def unshown_seconds(self) -> float:
+        """Return for how long the watches have been silent on what they should have shown; 0 when they have shown everything."""
+        entries: list[_Entry[Any]] = [*self._jobs.values(), *self._pods.values()]
+        since = [entry.unshown_since for entry in entries if entry.unshown_since is not None]
+        return self._clock() - min(since) if since else 0.0
+
+    def observe_job(self, body: Mapping[str, Any], *, deleted: bool = False, by_watch: bool = False) -> JobKey:
         """Take in what a watch, a list or an answer says of a job; only a newer version than the known one changes it."""
         key, metadata = job_key(body), body["metadata"]
         known = self._jobs.get(key)
@@ -80,13 +98,14 @@ class Cache:
             self.forget_job(key, metadata["uid"])
         elif metadata["uid"] in self._gone:
             pass
-        elif known is None or _is_newer(metadata["resourceVersion"], known.value["metadata"]["resourceVersion"]):
-            self._jobs[key] = _Entry(_trimmed(body), self._sweep)
+        elif known is None or _is_newer(metadata["resourceVersion"], known.version):
+            since = self._unshown_since(known, by_watch=by_watch)
+            self._jobs[key] = _Entry(_trimmed(body), metadata["resourceVersion"], self._sweep, since)
         else:
-            known.seen = self._sweep
+            self._see_again(known, metadata["resourceVersion"], by_watch=by_watch)
         return key
 
-    def observe_pod(self, body: Mapping[str, Any], *, deleted: bool = False) -> JobKey | None:
+    def observe_pod(self, body: Mapping[str, Any], *, deleted: bool = False, by_watch: bool = False) -> JobKey | None:
         """Take in what a watch, a list or an answer says of a pod, and return its job's key."""
         pod = pod_view(body)
         if pod is None:
@@ -96,23 +115,24 @@ class Cache:
             self.forget_pod(pod.uid)
         elif pod.uid in self._gone:
             pass
-        elif known is None or _is_newer(pod.resource_version, known.value.resource_version):
-            self._pods[pod.uid] = _Entry(pod, self._sweep)
+        elif known is None or _is_newer(pod.resource_version, known.version):
+            since = self._unshown_since(known, by_watch=by_watch)
+            self._pods[pod.uid] = _Entry(pod, pod.resource_version, self._sweep, since)
             self._pods_of[pod.job_uid].add(pod.uid)
         else:
-            known.seen = self._sweep
+            self._see_again(known, pod.resource_version, by_watch=by_watch)
         return JobKey((pod.namespace, pod.job))
 
     def forget_job(self, key: JobKey, uid: str) -> None:
         """Take in that a job is gone; another one of the same name stays."""
-        self._gone[uid] = _Entry(self._clock(), self._sweep)
+        self._gone[uid] = _Gone(self._clock(), self._sweep)
         known = self._jobs.get(key)
         if known and known.value["metadata"]["uid"] == uid:
             del self._jobs[key]
 
     def forget_pod(self, uid: str) -> None:
         """Take in that a pod is gone."""
-        self._gone[uid] = _Entry(self._clock(), self._sweep)
+        self._gone[uid] = _Gone(self._clock(), self._sweep)
         self._drop_pod(uid)
 
     def begin_sweep(self) -> None:
@@ -121,6 +141,7 @@ class Cache:
 
     def end_sweep(self) -> set[JobKey]:
         """Call after taking full lists in; forgets what neither they nor a watch have shown since, and returns whose it was."""
+        self.is_synced = True
         touched: set[JobKey] = set()
         for key, job in list(self._jobs.items()):
             if job.seen < self._sweep:
@@ -131,8 +152,20 @@ class Cache:
                 touched.add(JobKey((pod.value.namespace, pod.value.job)))
                 self._drop_pod(uid)
         since = self._clock() - REMEMBER_SECONDS
-        self._gone = {uid: one for uid, one in self._gone.items() if one.seen >= self._sweep - 1 or one.value > since}
+        self._gone = {uid: gone for uid, gone in self._gone.items() if gone.sweep >= self._sweep - 1 or gone.at > since}
         return touched
+
+    def _unshown_since(self, known: _Entry[Any] | None, *, by_watch: bool) -> float | None:
+        """Return since when the watch owes an object of which there is a newer version."""
+        if by_watch:
+            return None
+        return known.unshown_since if known is not None and known.unshown_since is not None else self._clock()
+
+    def _see_again(self, known: _Entry[Any], version: str, *, by_watch: bool) -> None:
+        """Take in that an object is there. A watch that shows an older version than the known one is late, and alive."""
+        known.seen = self._sweep
+        if by_watch and known.unshown_since is not None:
+            known.unshown_since = None if version == known.version else self._clock()
 
     def _drop_pod(self, uid: str) -> None:
         entry = self._pods.pop(uid, None)

@@ -13,10 +13,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.job import FineTuneJob, parse_job
+from finetune_api.status import JobStatus
 from finetune_operator.cache import Cache, JobKey, job_key
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.api import CONFIG_MAPS, JOBS, NETWORK_POLICIES, PODS, KubeApi
 from finetune_operator.kube.errors import Conflict, Forbidden, Invalid, NotFound
+from finetune_operator.observability.history import History
 from finetune_operator.plan.admission import find_problem
 from finetune_operator.plan.giving_way import QUOTA, Turn, is_waiting, turn_of
 from finetune_operator.plan.lifecycle import plan_job
@@ -46,10 +48,12 @@ class Reconciler:
         settings: Settings,
         ca_certificates: str,
         on_status: Callable[[JobKey], None],
+        history: History,
         clock: Callable[[], datetime],
     ) -> None:
         self._api, self._cache, self._reports, self._settings = api, cache, reports, settings
         self._ca_certificates, self._on_status, self._clock = ca_certificates, on_status, clock
+        self._history = history
         self._status = StatusWriter(api, progress_seconds=settings.progress_seconds)
         # By job uid: the spec whose ConfigMap and NetworkPolicy this process has applied.
         self._furnished: dict[str, int] = {}
@@ -75,7 +79,9 @@ class Reconciler:
         observed = self._observe(job, body)
         plan = plan_job(observed)
         try:
-            again = await self._status.write(job, plan.status, self._clock(), on_written=self._take_status)
+            again = await self._status.write(
+                job, plan.status, self._clock(), on_written=lambda body: self._take_status(job, plan.status, body)
+            )
         except NotFound:
             self._cache.forget_job(key, uid)  # the watch will show it; until then pods would be made for nobody
             return None
@@ -99,6 +105,7 @@ class Reconciler:
         self._furnished.pop(job_uid, None)
         self._obstacles.pop(job_uid, None)
         self._status.forget(job_uid)
+        self._history.forget(job_uid)
 
     def _observe(self, job: FineTuneJob, body: Mapping[str, Any]) -> Observation:
         # An owner reference is anybody's to write: a pod of another namespace has no place here.
@@ -139,9 +146,10 @@ class Reconciler:
         obstacle = self._obstacles.get(job_uid)
         return obstacle is not None and obstacle.reason == QUOTA
 
-    def _take_status(self, body: dict[str, object]) -> None:
+    def _take_status(self, job: FineTuneJob, status: JobStatus, body: dict[str, object]) -> None:
         key = self._cache.observe_job(body)
         self._on_status(key)
+        self._history.take(job, status, self._clock())
 
     async def _furnish(self, job: FineTuneJob) -> None:
         """Apply what all pods of the job share, before the first of them."""

@@ -17,7 +17,6 @@ from aiohttp import web
 from finetune_api.contract import MANAGED_BY_LABEL, MANAGER
 from finetune_operator.access import check_access
 from finetune_operator.cache import Cache, JobKey, job_key
-from finetune_operator.health import Health
 from finetune_operator.jobserver.app import JobServer
 from finetune_operator.jobserver.auth import TokenVerifier
 from finetune_operator.jobserver.certificate_store import load_certificates, server_context, show
@@ -30,6 +29,12 @@ from finetune_operator.kube.errors import Conflict, KubeError, TooMany, Unavaila
 from finetune_operator.kube_object import KubeObject
 from finetune_operator.leader import Campaign, Lease, OwnPod, identity_of, own_pod
 from finetune_operator.leader_label import show_leader
+from finetune_operator.observability.event_loop import measure_lag
+from finetune_operator.observability.health import Health
+from finetune_operator.observability.history import History
+from finetune_operator.observability.logs import about
+from finetune_operator.observability.metrics import Metrics, Outcome
+from finetune_operator.observability.vitals import Vitals
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
 from finetune_operator.workqueue import WorkQueue
@@ -54,12 +59,12 @@ class Runtime:
     """One operator process. ``start`` it, feed it with what the watches see, ``stop`` it."""
 
     def __init__(
-        self, settings: Settings, client: KubeClient, lease: Lease, certificates: Certificates, health: Health
+        self, settings: Settings, client: KubeClient, lease: Lease, certificates: Certificates, metrics: Metrics
     ) -> None:
-        self._settings, self._client, self._lease, self.health = settings, client, lease, health
+        self._settings, self._client, self._lease, self._metrics = settings, client, lease, metrics
         self.cache = Cache()
-        self.queue: WorkQueue[JobKey] = WorkQueue()
-        self._leads = False
+        self.queue: WorkQueue[JobKey] = WorkQueue(on_wait=metrics.queue_seconds.observe)
+        self._leads = self._stopping = False
         self._certificates, self._tls = certificates, server_context(certificates)
         self._reports = Reports(_now)
         self._job_server = JobServer(
@@ -76,12 +81,23 @@ class Runtime:
             settings=settings,
             ca_certificates=certificates.authority,
             on_status=self._job_server.job_changed,
+            history=History(metrics),
+            clock=_now,
+        )
+        self.vitals = Vitals(
+            cache=self.cache,
+            queue=self.queue,
+            reports=self._reports,
+            lease=lease,
+            metrics=metrics,
+            silent_seconds=settings.silent_seconds,
             clock=_now,
         )
         self._campaign: Campaign | None = None
         self._pod = own_pod()
         self._relisted = asyncio.Event()
         self._runners: list[web.AppRunner] = []
+        self._agents_door: web.AppRunner | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -92,20 +108,24 @@ class Runtime:
         does no more: it must end the process at once.
         """
         cut_buffers()
-        health = Health()
+        health, metrics = Health(), Metrics()
         health_runner = await _listen(health.app(), settings.health_port, None)
-        certificates = await _patiently(lambda: _prepare(settings))
+        metrics_runner = await _listen(metrics.app(), settings.metrics_port, None)
+        certificates = await _patiently(lambda: _prepare(settings, metrics))
         lease = Lease()
-        client = await KubeClient.connect(may_write=lease.has_time)
-        runtime = cls(settings, client, lease, certificates, health)
-        runtime._runners.append(health_runner)
+        client = await KubeClient.connect(may_write=lease.has_time, on_answer=metrics.api.record)
+        runtime = cls(settings, client, lease, certificates, metrics)
+        health.trouble, health.unready = runtime.vitals.trouble, runtime._why_not_ready
+        runtime._runners += [health_runner, metrics_runner]
+        runtime._spawn(measure_lag(metrics.event_loop_lag.observe), "event loop lag", on_fatal)
         await _patiently(runtime._take_stock)
-        runtime._runners.append(await _listen(runtime._job_server.app(), settings.job_server_port, runtime._tls))
+        app = runtime._job_server.app(metrics.counting_requests())
+        runtime._agents_door = await _listen(app, settings.job_server_port, runtime._tls)
+        runtime._runners.append(runtime._agents_door)
         runtime._spawn(runtime._resync(), "resync", on_fatal)
         runtime._spawn(runtime._keep_certificates(), "certificates", on_fatal)
         runtime._spawn(runtime._keep_small(), "memory", on_fatal)
         runtime._stand_for_election(on_fatal, on_lost)
-        health.ready = True
         logger.info("standing by")
         return runtime
 
@@ -116,7 +136,10 @@ class Runtime:
             loop.call_soon_threadsafe(self._take_over, on_fatal, on_lost)
 
         self._campaign = Campaign(
-            connect=lambda: KubeClient.connect(may_write=lambda: True),  # the lease's own writes are what decides
+            connect=lambda: KubeClient.connect(
+                may_write=lambda: True,  # the lease's own writes are what decides
+                on_answer=self._metrics.api.record,
+            ),
             lease=self._lease,
             namespace=self._settings.namespace,
             name=self._settings.service,
@@ -129,8 +152,8 @@ class Runtime:
 
     def _take_over(self, on_fatal: Callable[[], None], on_lost: Callable[[], None]) -> None:
         """Lead from now on: look at every job."""
-        if not self.health.ready:
-            return  # and about to stop
+        if self._stopping:
+            return
         self._leads = True
         self._reports.start_listening()
         for job in self.cache.jobs():
@@ -144,7 +167,7 @@ class Runtime:
 
     async def stop(self) -> None:
         """End all tasks, give the lease back, and close all connections."""
-        self.health.ready = False
+        self._stopping = True
         self.queue.close()
         for task in self._tasks:
             task.cancel()
@@ -158,7 +181,7 @@ class Runtime:
 
     def observe_job(self, body: Mapping[str, Any], *, deleted: bool) -> None:
         """Take in what the watch of jobs has seen."""
-        key = self.cache.observe_job(body, deleted=deleted)
+        key = self.cache.observe_job(body, deleted=deleted, by_watch=True)
         if deleted:
             self._reconciler.forget(body["metadata"]["uid"])
         self._job_server.job_changed(key)
@@ -166,7 +189,7 @@ class Runtime:
 
     def observe_pod(self, body: Mapping[str, Any], *, deleted: bool) -> None:
         """Take in what the watch of pods has seen."""
-        key = self.cache.observe_pod(body, deleted=deleted)
+        key = self.cache.observe_pod(body, deleted=deleted, by_watch=True)
         if key is not None:
             self._add(key)
 
@@ -248,27 +271,32 @@ class Runtime:
         while True:
             key = await self.queue.take()
             try:
-                await self._reconcile(key)
+                with about(**self._known_of(key)), self._metrics.reconcile_seconds.time():
+                    outcome = await self._reconcile(key)
+                self._metrics.reconciles.labels(outcome).inc()
             finally:
                 self.queue.done(key)
 
-    async def _reconcile(self, key: JobKey) -> None:
+    async def _reconcile(self, key: JobKey) -> Outcome:
         try:
             look_again = await self._reconciler.reconcile(key)
         except Conflict as error:
             logger.debug("%s/%s changed meanwhile: %s", *key, error)
             await self._look_at(key)
+            return "conflict"
         except KubeError as error:
             delay = self._put_off(key, error)
             logger.warning("%s/%s: %s; trying again in %.1f s", *key, error, delay)
+            return "error"
         except Exception:
             # The one place where a bug ends up: it stops this job for a while and no other.
             delay = self.queue.add_failed(key)
             logger.exception("%s/%s: a bug in the operator; trying again in %.1f s", *key, delay)
-        else:
-            self.queue.succeeded(key)
-            if look_again is not None:
-                self.queue.add_after(key, look_again)
+            return "bug"
+        self.queue.succeeded(key)
+        if look_again is not None:
+            self.queue.add_after(key, look_again)
+        return "done"
 
     def _put_off(self, key: JobKey, error: KubeError) -> float:
         """Hand a job out again when the API server says, or else later and later; return in how many seconds."""
@@ -287,6 +315,21 @@ class Runtime:
         else:
             self.queue.add_after(key, CONFLICT_SECONDS)
 
+    def _known_of(self, key: JobKey) -> dict[str, Any]:
+        """Return what log lines about a job carry."""
+        namespace, name = key
+        job = self.cache.job(key) or {}
+        uid = job.get("metadata", {}).get("uid")
+        generation = job.get("status", {}).get("gang", {}).get("generation")
+        return {"namespace": namespace, "job": name, "uid": uid, "generation": generation}
+
+    def _why_not_ready(self) -> str:
+        if self._stopping:
+            return "stopping"
+        if not self.cache.is_synced:
+            return "not all jobs and pods are listed yet"
+        return "" if self._agents_door and self._agents_door.addresses else "the job server does not listen"
+
     def _spawn(self, work: Coroutine[Any, Any, None], name: str, on_fatal: Callable[[], None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name=name)
 
@@ -299,9 +342,9 @@ class Runtime:
         self._tasks.append(task)
 
 
-async def _prepare(settings: Settings) -> Certificates:
+async def _prepare(settings: Settings, metrics: Metrics) -> Certificates:
     """Do what any replica may do: ask for its rights, and make the certificates if there are none (see load_certificates)."""
-    client = await KubeClient.connect(may_write=lambda: True)
+    client = await KubeClient.connect(may_write=lambda: True, on_answer=metrics.api.record)
     try:
         await check_access(client, settings)
         return await load_certificates(client, settings, _now())

@@ -78,6 +78,15 @@ class LeaderElection(ApiModel):
         return self
 
 
+class Logging(ApiModel):
+    """What the operator's log looks like."""
+
+    format: Literal["JSON", "Text"] = "JSON"
+    """A JSON object a line, or plain text."""
+    level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
+    """The least that is logged."""
+
+
 class Settings(ApiModel):
     """Everything that the operator is told."""
 
@@ -103,6 +112,10 @@ class Settings(ApiModel):
     """TCP port of the job server."""
     health_port: int = 8080
     """TCP port of /healthz and /readyz."""
+    metrics_port: int = 8081
+    """TCP port of /metrics, plain HTTP."""
+    logging: Logging = Logging()
+    """What the log looks like."""
     workers: int = Field(default=8, ge=1, le=256)
     """How many jobs are reconciled at a time."""
     progress_seconds: float = Field(default=10.0, ge=0)

@@ -6,7 +6,7 @@ twice at a time. That is all that level-based reconciling needs of its events.
 
 import asyncio
 import random
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 FIRST_BACKOFF_SECONDS = 0.005
@@ -16,12 +16,17 @@ LAST_BACKOFF_SECONDS = 300.0
 K = TypeVar("K", bound=Hashable)
 
 
-class WorkQueue(Generic[K]):
-    """Hands out keys. Must be used from one event loop."""
+def _ignore(_: float) -> None:
+    pass
 
-    def __init__(self) -> None:
+
+class WorkQueue(Generic[K]):
+    """Hands out keys. Must be used from one event loop. ``on_wait`` is told for how many seconds each has waited for a worker."""
+
+    def __init__(self, on_wait: Callable[[float], None] = _ignore) -> None:
+        self._on_wait = on_wait
         self._ready: asyncio.Queue[K] = asyncio.Queue()
-        self._waiting: set[K] = set()  # in _ready
+        self._waiting: dict[K, float] = {}  # in _ready → since when
         self._working: set[K] = set()
         self._again: set[K] = set()  # added while a worker has them
         self._failures: dict[K, int] = {}
@@ -36,7 +41,7 @@ class WorkQueue(Generic[K]):
         if key in self._working:
             self._again.add(key)
         elif key not in self._waiting:
-            self._waiting.add(key)
+            self._waiting[key] = asyncio.get_running_loop().time()
             self._ready.put_nowait(key)
 
     def add_after(self, key: K, seconds: float) -> None:
@@ -61,7 +66,7 @@ class WorkQueue(Generic[K]):
     async def take(self) -> K:
         """Wait for a key. The caller must call ``done`` with it."""
         key = await self._ready.get()
-        self._waiting.discard(key)
+        self._on_wait(asyncio.get_running_loop().time() - self._waiting.pop(key))
         self._working.add(key)
         return key
 

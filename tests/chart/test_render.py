@@ -84,7 +84,10 @@ def test_the_operator_reads_its_configuration(name: str) -> None:
                     "profiles",
                 )
             },
-            **{field: values[field] for field in ("leaderElection", "workers", "progressSeconds", "silentSeconds")},
+            **{
+                field: values[field]
+                for field in ("leaderElection", "workers", "progressSeconds", "silentSeconds", "logging")
+            },
         }
     )
 
@@ -131,6 +134,7 @@ def test_training_pods_reach_the_job_server() -> None:
     assert service["spec"]["selector"].items() == (pod_labels(pod) | {LEADER_LABEL: "true"}).items()
     assert OPERATOR_SELECTOR.items() <= pod["metadata"]["labels"].items()
     assert ports["health"] == settings.health_port
+    assert ports["metrics"] == settings.metrics_port
 
 
 def pod_labels(pod: dict[str, Any]) -> dict[str, str]:
@@ -275,6 +279,10 @@ def test_nobody_gets_everything() -> None:
         ("resources.claims=1", ("/resources", "'claims'", "not allowed")),
         ("replicas=0", ("/replicas", "minimum")),
         ("leaderElection.leaseSeconds=1.5", ("/leaderElection/leaseSeconds", "integer")),
+        ("metrics.serviceMonitor.interval=often", ("/metrics/serviceMonitor/interval",)),
+        ("metrics.enabled=true", ("/metrics", "'enabled'", "not allowed")),
+        ("logging.format=XML", ("/logging/format",)),
+        ("logging.level=TRACE", ("/logging/level",)),
         ("leaderElection.enabled=false", ("/leaderElection", "'enabled'", "not allowed")),
         ("image.reference=", ("image.reference is not set", "registry.example.com/finetune-operator:0.1.0")),
         ("profiles.default.image=", ("profiles.default.image is not set", "trainer image")),

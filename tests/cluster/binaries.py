@@ -1,4 +1,4 @@
-"""Kubernetes, etcd, CoreDNS, Helm and the pause program, built from pinned Go modules.
+"""Kubernetes, etcd, CoreDNS, Helm, the pause program and Prometheus, built from pinned Go modules.
 
 Each component has a module file of its own under ``go/``, since etcd, Helm and Kubernetes want different versions of the same
 modules. A component is built once and kept under the hash of everything that decides about it: module files, sources, flags
@@ -10,9 +10,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -32,6 +32,7 @@ class Component:
     programs: tuple[str, ...]
     expected: str
     ldflags: str = "-s -w"
+    tags: str = field(default="", repr=False)  # not in the text that the key is made of: what has none keeps its build
 
 
 _KUBERNETES_PROGRAMS = (
@@ -64,6 +65,16 @@ COMPONENTS = (
 )
 
 
+# No part of the cluster: tests alone use it, and a demo need not wait for it. It discovers by files only, which leaves out every cloud's SDK.
+PROMETHEUS = Component(
+    "prometheus",
+    ("github.com/prometheus/prometheus/cmd/prometheus", "github.com/prometheus/prometheus/cmd/promtool"),
+    ("prometheus", "promtool"),
+    "about 5 min the first time",
+    tags="remove_all_sd",
+)
+
+
 @contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
     """Hold a file lock; say so when somebody else holds it, since a silent wait looks like a hang."""
@@ -79,6 +90,15 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
 
 def ensure_binaries() -> dict[str, Path]:
     """Every program of the cluster, built where it is missing: name → path."""
+    return _ensure_all(COMPONENTS)
+
+
+def ensure_prometheus() -> dict[str, Path]:
+    """Prometheus and promtool: name → path."""
+    return _ensure_all((PROMETHEUS,))
+
+
+def _ensure_all(components: Iterable[Component]) -> dict[str, Path]:
     if shutil.which("go") is None:
         raise ClusterError(
             "Go is missing: install Go 1.26 or later (https://go.dev/dl), the cluster is built from source; it is looked for on PATH"
@@ -87,7 +107,7 @@ def ensure_binaries() -> dict[str, Path]:
     release = run(["go", "env", "GOVERSION"]).strip()
     return {
         program: directory / program
-        for component in COMPONENTS
+        for component in components
         for directory in [_ensure(component, release)]
         for program in component.programs
     }
@@ -105,7 +125,7 @@ def _ensure(component: Component, release: str) -> Path:
 
 
 def _key(component: Component, release: str) -> str:
-    digest = hashlib.sha256(f"{release} {component}".encode())
+    digest = hashlib.sha256(f"{release} {component}{component.tags}".encode())
     for file in sorted((GO / component.name).iterdir()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
@@ -126,6 +146,8 @@ def _build(component: Component, directory: Path) -> None:
                 "-mod=readonly",
                 "-ldflags",
                 component.ldflags,
+                "-tags",
+                component.tags,
                 "-o",
                 f"{scratch}/",
                 *component.packages,

@@ -169,7 +169,11 @@ async def a_fleet(
     await client.post(SECRETS.path(own.namespace), certificates.as_secret(own.namespace, f"{own.service}-job-server"))
     await client.make_namespace(namespace)
     port = free_port()
-    document = yaml.safe_load(SETTINGS) | {"jobServerPort": port, "healthPort": free_port()} | dict(changes or {})
+    document = (
+        yaml.safe_load(SETTINGS)
+        | {"jobServerPort": port, "healthPort": free_port(), "metricsPort": free_port()}
+        | dict(changes or {})
+    )
     operator = Operator(
         folder, OPERATOR_POD, uid=made["metadata"]["uid"], kubeconfig=api.kubeconfig(), settings=document
     )

@@ -21,7 +21,7 @@ from finetune_operator.kube.api import (
     SECRETS,
     Resource,
 )
-from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.client import Answer, KubeClient
 from finetune_operator.kube.errors import KubeError
 from finetune_operator.kube_object import KubeObject
 from tests.operator.fake_api import FakeKubeApi
@@ -91,11 +91,13 @@ class HttpApi:
         self._stopping = True
         await self._runner.cleanup()
 
-    async def connect(self, *, may_write: Callable[[], bool]) -> KubeClient:
+    async def connect(
+        self, *, may_write: Callable[[], bool], on_answer: Callable[[Answer], None] = lambda _: None
+    ) -> KubeClient:
         """Do what ``KubeClient.connect`` does."""
         configuration = Configuration()
         configuration.host = self.url
-        return KubeClient(ApiClient(configuration), may_write=may_write)
+        return KubeClient(ApiClient(configuration), may_write=may_write, on_answer=on_answer)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")

@@ -241,7 +241,13 @@ async def a_life(api: RealApi, folder: Path, changes: Mapping[str, Any] | None =
     """Have everything ready for a job: proxy, operator, kubelets, watch. Several lives may be had on one API server at a time."""
     namespace, port = f"life-{next(_numbers)}", free_port()
     home = f"{namespace}-home"
-    own = {"namespace": home, "watchNamespaces": [namespace], "jobServerPort": port, "healthPort": free_port()}
+    own = {
+        "namespace": home,
+        "watchNamespaces": [namespace],
+        "jobServerPort": port,
+        "healthPort": free_port(),
+        "metricsPort": free_port(),
+    }
     document = yaml.safe_load(SETTINGS) | own | {"leaderElection": LEASE} | dict(changes or {})
     async with api.client() as client, ApiProxy(api.url, api.context) as proxy:
         await client.make_namespace(namespace)

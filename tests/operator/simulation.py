@@ -33,6 +33,8 @@ from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.api import JOBS, PODS
 from finetune_operator.kube_object import KubeObject
+from finetune_operator.observability.history import History
+from finetune_operator.observability.metrics import Metrics
 from finetune_operator.plan.observation import instant
 from finetune_operator.plan.orders import orders_for
 from finetune_operator.reconcile import Reconciler
@@ -148,7 +150,7 @@ class Cluster:
         self.api.crash_after = self.api.fail_next = None
         self.api.events.clear()
         self.cache = Cache()
-        self.reports = Reports(self.clock)
+        self.reports, self.metrics = Reports(self.clock), Metrics()
         self.cache.begin_sweep()
         for body in self.api.bodies(JOBS):
             self.cache.observe_job(copy.deepcopy(body))
@@ -162,6 +164,7 @@ class Cluster:
             settings=settings(changes),
             ca_certificates="CA",
             on_status=self.changed.append,
+            history=History(self.metrics),
             clock=self.clock,
         )
 

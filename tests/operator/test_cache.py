@@ -327,3 +327,95 @@ def test_pods_that_have_ended_say_nothing_of_their_nodes() -> None:
         body["status"]["conditions"] = conditions(("False", ""), "True")
         cache.observe_pod(body)
     assert cache.most_nodes_lost()
+
+
+# What the watches owe
+
+
+class Time:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def listed(time: Time) -> Cache:
+    """A cache that has had a list, 100 seconds before the watches begin."""
+    cache = Cache(time)
+    cache.begin_sweep()
+    cache.observe_job(job(10))
+    cache.observe_pod(pod(11))
+    assert not cache.is_synced
+    cache.end_sweep()
+    assert cache.is_synced
+    time.now = 100.0
+    return cache
+
+
+def test_what_a_list_has_shown_is_owed_until_the_watch_shows_it(listed: Cache) -> None:
+    assert listed.unshown_seconds() == 100
+    listed.observe_job(job(10), by_watch=True)
+    assert listed.unshown_seconds() == 100, "the pod is owed still"
+    listed.observe_pod(pod(12), by_watch=True)
+    assert listed.unshown_seconds() == 0
+
+
+def shown(cache: Cache, time: Time) -> Cache:
+    cache.observe_job(job(10), by_watch=True)
+    cache.observe_pod(pod(11), by_watch=True)
+    time.now = 200.0
+    return cache
+
+
+def test_an_answer_to_a_write_of_ours_is_owed_too(listed: Cache, time: Time) -> None:
+    cache = shown(listed, time)
+    cache.observe_job(job(20))
+    time.now = 250.0
+    cache.observe_job(job(21))
+    time.now = 260.0
+    assert cache.unshown_seconds() == 60, "since the first that was not shown"
+    cache.observe_job(job(21), by_watch=True)
+    assert cache.unshown_seconds() == 0
+
+
+def test_a_list_that_shows_what_the_watch_has_shown_owes_nothing(listed: Cache, time: Time) -> None:
+    cache = shown(listed, time)
+    cache.observe_job(job(10))
+    cache.observe_pod(pod(10))
+    assert cache.unshown_seconds() == 0
+
+
+def test_a_watch_that_is_behind_and_moves_is_late_by_when_it_moved_last(listed: Cache, time: Time) -> None:
+    cache = shown(listed, time)
+    cache.observe_job(job(30))
+    time.now = 290.0
+    cache.observe_job(job(20), by_watch=True)
+    time.now = 300.0
+    assert cache.unshown_seconds() == 10
+    assert cache.job(KEY)["metadata"]["resourceVersion"] == "30"
+
+
+@pytest.mark.parametrize("how", ["shown as deleted", "answered as gone", "gone from the lists"])
+def test_what_is_gone_owes_nothing(listed: Cache, time: Time, how: str) -> None:
+    cache = shown(listed, time)
+    cache.observe_pod(pod(20))
+    time.now = 300.0
+    assert cache.unshown_seconds() == 100
+    if how == "shown as deleted":
+        cache.observe_pod(pod(21), deleted=True, by_watch=True)
+    elif how == "answered as gone":
+        cache.forget_pod("pod-1")
+    else:
+        cache.begin_sweep()
+        cache.observe_job(job(10))
+        cache.end_sweep()
+    assert cache.unshown_seconds() == 0

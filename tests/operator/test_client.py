@@ -1,13 +1,15 @@
 """The real client against real HTTP: what is repeated, and that only the leader writes."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from finetune_operator.kube.api import ACCESS_REVIEWS, CONFIG_MAPS, JOBS, LEASES, PODS
-from finetune_operator.kube.client import KubeClient
-from finetune_operator.kube.errors import Conflict, NotLeading, TooMany, Unavailable
+from finetune_operator.kube.client import Answer, KubeClient
+from finetune_operator.kube.errors import Conflict, KubeError, NotLeading, TooMany, Unavailable
 from tests.operator.documents import job_body
 from tests.operator.fake_api import FakeKubeApi
 from tests.operator.http_api import HttpApi
@@ -156,3 +158,60 @@ async def test_a_lease_is_made_and_replaced(server: HttpApi, client: KubeClient)
     assert await client.replace(LEASES, "team-a", made | {"spec": {"holderIdentity": "a"}})
     with pytest.raises(Conflict):
         await client.replace(LEASES, "team-a", made)
+
+
+TOLD = {
+    "get": (lambda client: client.get(JOBS, *KEY), ("get", "finetunejobs", 200)),
+    "list": (lambda client: client.list(PODS), ("list", "pods", 200)),
+    "create": (WRITES["create"], ("create", "configmaps", 200)),
+    "apply": (WRITES["apply"], ("patch", "configmaps", 200)),
+    "replace": (WRITES["replace"], ("update", "finetunejobs", 200)),
+    "status": (WRITES["status"], ("patch", "finetunejobs/status", 200)),
+    "labels": (WRITES["labels"], ("patch", "pods", 200)),
+    "delete": (WRITES["delete"], ("delete", "pods", 200)),
+    "read": (lambda client: client.read("/openid/v1/jwks"), ("get", "openid", 500)),
+    "not found": (lambda client: client.get(PODS, "team-a", "another"), ("get", "pods", 404)),
+}
+
+
+@pytest.mark.parametrize(("ask", "told"), TOLD.values(), ids=TOLD.keys())
+async def test_every_answer_is_told_by_the_words_of_rbac(
+    server: HttpApi, monkeypatch: pytest.MonkeyPatch, ask: Any, told: tuple[str, str, int]
+) -> None:
+    monkeypatch.setattr("finetune_operator.kube.client.random.uniform", lambda *_: 0.0)
+    answers: list[Answer] = []
+    client = await server.connect(may_write=lambda: True, on_answer=answers.append)
+    with suppress(KubeError):
+        await ask(client)
+    await client.close()
+    assert {(one.verb, one.resource, one.status) for one in answers} == {told}
+    assert all(0 <= one.seconds < 30 for one in answers)
+
+
+async def test_each_try_is_told_also_one_without_an_answer_or_that_was_given_up(
+    server: HttpApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_operator.kube.client.random.uniform", lambda *_: 0.0)
+    answers: list[Answer] = []
+    client = await server.connect(may_write=lambda: True, on_answer=answers.append)
+    server.answer_with = [(503, {}), (429, {"Retry-After": "0"})]
+    await client.get(JOBS, *KEY)
+    server.hold.clear()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await client.get(JOBS, *KEY)
+    server.hold.set()
+    client._client.configuration.host = "http://127.0.0.1:1"
+    with pytest.raises(Unavailable):
+        await client.delete(PODS, "team-a", "p", uid="u")
+    await client.close()
+    assert [one.status for one in answers] == [503, 429, 200, 0, 0]
+
+
+async def test_a_write_that_is_not_sent_has_no_answer(server: HttpApi) -> None:
+    answers: list[Answer] = []
+    client = await server.connect(may_write=lambda: False, on_answer=answers.append)
+    with pytest.raises(NotLeading):
+        await WRITES["create"](client)
+    await client.close()
+    assert answers == []

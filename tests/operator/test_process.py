@@ -1,16 +1,20 @@
 """Two real processes, kopf and all, and what the system does to them: signals, stops, an API server that hangs."""
 
 import asyncio
+import base64
+import json
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import yaml
 
-from finetune_operator.kube.api import JOBS, LEASES, PODS
+from finetune_api.contract import ORDER_PATH, REPORT_PATH
+from finetune_operator.kube.api import JOBS, LEASES, PODS, SECRETS
 from tests.operator.documents import SETTINGS, job_body
 from tests.operator.fake_api import FakeKubeApi
 from tests.operator.http_api import HttpApi
@@ -25,26 +29,27 @@ class Scene:
     def __init__(self, server: HttpApi, folder: Path) -> None:
         self.server, self.folder = server, folder
         self.processes: dict[str, asyncio.subprocess.Process] = {}
+        self.ports: dict[str, dict[str, int]] = {}
 
-    async def start(self, name: str) -> asyncio.subprocess.Process:
-        ports = {"jobServerPort": free_port(), "healthPort": free_port()}
+    async def start(self, name: str, *, token: str = "", **settings: Any) -> asyncio.subprocess.Process:
+        ports = self.ports[name] = {port: free_port() for port in ("jobServerPort", "healthPort", "metricsPort")}
         metadata = {"name": name, "namespace": "finetune-system", "uid": f"uid-{name}"}
         self.server.api.store(PODS, {"kind": "Pod", "metadata": metadata})
         self.processes[name] = await spawn_operator(
             self.folder,
             name,
             uid=f"uid-{name}",
-            kubeconfig=self._kubeconfig(name),
-            settings=yaml.safe_load(SETTINGS) | ports | {"leaderElection": TIMES},
+            kubeconfig=self._kubeconfig(name, token or name),
+            settings=yaml.safe_load(SETTINGS) | ports | {"leaderElection": TIMES} | settings,
         )
         return self.processes[name]
 
-    def _kubeconfig(self, name: str) -> Path:
+    def _kubeconfig(self, name: str, token: str) -> Path:
         """Each process has a token of its own, so that its requests are known."""
         document = {
             "clusters": [{"name": "c", "cluster": {"server": self.server.url}}],
             "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-            "users": [{"name": "u", "user": {"token": name}}],
+            "users": [{"name": "u", "user": {"token": token}}],
             "current-context": "c",
         }
         file = self.folder / f"{name}.kubeconfig"
@@ -133,3 +138,38 @@ async def test_a_right_that_is_missing_is_told_and_ends_the_process(scene: Scene
     process = await scene.start("a")
     assert await process.wait() == 1
     assert "the operator's service account may not: get finetunejobs in all namespaces" in scene.log("a")
+
+
+async def test_every_line_is_an_object_and_no_secret_stands_in_any(scene: Scene) -> None:
+    """Planted wherever a secret may pass through, and looked for in all that is logged, in every detail."""
+    canary = "hunter2hunter2hunter2"
+    script = {"command": ["python"], "image": "any:1", "environment": [{"name": "PASSWORD", "value": canary}]}
+    scene.server.api.store(JOBS, job_body(base=yaml.safe_dump({"script": script}), name="with", uid="c-1"), "ADDED")
+    unreadable = {"command": canary, "image": "any:1", "unknown": [canary]}
+    scene.server.api.store(JOBS, job_body(base=yaml.safe_dump({"script": unreadable}), name="not", uid="d-1"), "ADDED")
+    await scene.start("a", token=f"{canary}-of-the-operator", logging={"level": "DEBUG"})
+    await scene.until(lambda: scene.pods() == 4 and "cannot be read by this version" in scene.log("a"))
+    url = f"https://127.0.0.1:{scene.ports['a']['jobServerPort']}"
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {canary}"}) as session:
+        for path in (f"{ORDER_PATH}?pod_uid={canary}", f"/{canary}"):
+            async with session.get(url + path, ssl=False) as answer:
+                assert answer.status in (401, 404)
+        async with session.post(url + REPORT_PATH, json={"progress": canary}, ssl=False) as answer:
+            assert answer.status == 401
+    scene.processes["a"].terminate()
+    assert await scene.processes["a"].wait() == 0
+    lines = [json.loads(line) for line in scene.log("a").splitlines()]
+    assert {line["level"] for line in lines} >= {"DEBUG", "INFO", "ERROR"}
+    assert any(line["logger"].startswith("kopf") for line in lines)
+    assert any(line.get("job") == "not" and line["uid"] == "d-1" for line in lines)
+    (secret,) = scene.server.api.bodies(SECRETS)
+    for planted in (canary, *(value[:40] for value in secret["data"].values())):
+        assert planted not in scene.log("a")
+    for value in secret["data"].values():
+        key_lines = [line for line in base64.b64decode(value).decode().splitlines() if "-----" not in line]
+        assert not any(line in scene.log("a") for line in key_lines)
+
+
+async def test_plain_text_is_an_option(scene: Scene) -> None:
+    await scene.start("a", logging={"format": "Text"})
+    await scene.until(lambda: "INFO finetune_operator.runtime standing by" in scene.log("a"))

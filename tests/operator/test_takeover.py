@@ -1,17 +1,20 @@
 """Two whole operator processes but for kopf, against one API server over HTTP: one leads, the other stands by and takes over."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
 import aiohttp
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from finetune_api.contract import LEADER_LABEL, ORDER_PATH
 from finetune_operator.kube.api import JOBS, LEASES, PODS
-from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.client import Answer, KubeClient
 from finetune_operator.kube.errors import Forbidden, KubeError
+from finetune_operator.observability.logs import JsonFormatter
 from finetune_operator.runtime import Runtime
 from tests.operator.documents import job_body, settings
 from tests.operator.fake_api import FakeKubeApi
@@ -21,6 +24,7 @@ from tests.operator.story import idle_report
 QUICK = """
 jobServerPort: 1
 healthPort: 1
+metricsPort: 1
 leaderElection: {leaseSeconds: 6, renewSeconds: 4, retrySeconds: 0.05}
 """
 HOME = "finetune-system"
@@ -53,11 +57,25 @@ class Replica:
 
     async def says(self, path: str, *, health: bool = False) -> int:
         """What a probe, or an agent without a token, is answered."""
+        return (await self._ask("http" if health else "https", 0 if health else 2, path))[0]
+
+    async def probed(self, path: str) -> str:
+        """What a probe reads."""
+        return (await self._ask("http", 0, path))[1].strip()
+
+    async def scraped(self) -> dict[str, float]:
+        """What Prometheus is told, by name and the values of the labels."""
+        status, text = await self._ask("http", 1, "/metrics")
+        assert status == 200
+        families = text_string_to_metric_families(text)
+        samples = [sample for family in families for sample in family.samples]
+        return {" ".join((one.name, *one.labels.values())): one.value for one in samples}
+
+    async def _ask(self, scheme: str, door: int, path: str) -> tuple[int, str]:
         assert self.runtime is not None
-        runner = self.runtime._runners[0 if health else 1]
-        url = f"{'http' if health else 'https'}://127.0.0.1:{runner.addresses[0][1]}{path}"
+        url = f"{scheme}://127.0.0.1:{self.runtime._runners[door].addresses[0][1]}{path}"
         async with aiohttp.ClientSession() as session, session.get(url, ssl=False) as answer:
-            return answer.status
+            return answer.status, await answer.text()
 
 
 class Scene:
@@ -65,7 +83,7 @@ class Scene:
 
     def __init__(self, server: HttpApi, monkeypatch: pytest.MonkeyPatch) -> None:
         self.server, self.api, self.monkeypatch = server, server.api, monkeypatch
-        self.settings = settings(QUICK).model_copy(update={"job_server_port": 0, "health_port": 0})
+        self.settings = settings(QUICK).model_copy(update={"job_server_port": 0, "health_port": 0, "metrics_port": 0})
         self.replicas: list[Replica] = []
 
     def replica(self, name: str) -> Replica:
@@ -133,8 +151,67 @@ async def test_one_leads_and_the_other_is_ready_and_does_nothing(scene: Scene) -
     scene.api.store(JOBS, job_body(name="another", uid="bbbbbccc-1"), "ADDED")
     await scene.until(lambda: len(scene.training_pods) == 4)
     tasks = [task.get_name() for task in second.runtime._tasks]
-    assert (len(second.runtime.queue), tasks) == (0, ["resync", "certificates", "memory"]), "nobody works there"
+    nobody_works = ["event loop lag", "resync", "certificates", "memory"]
+    assert (len(second.runtime.queue), tasks) == (0, nobody_works)
     assert scene.holder == "a_uid-a"
+
+
+async def test_what_prometheus_is_told_of_a_leader_and_of_who_stands_by(scene: Scene) -> None:
+    first, second = await scene.replica("a").starts(), await scene.replica("b").starts()
+    await scene.until(lambda: len(scene.training_pods) == 2 and scene.labelled == ["a"])
+    assert await first.says("/v1/report/nothing") == 404
+    assert await second.says(ORDER_PATH) == 503
+    led, standby = await first.scraped(), await second.scraped()
+    assert (led["finetune_operator_leader"], standby["finetune_operator_leader"]) == (1, 0)
+    assert led["finetune_operator_jobs Pending"] == 1
+    assert "finetune_operator_jobs Pending" not in standby, "else there would seem to be twice as many"
+    assert led["finetune_operator_reconciles_total done"] >= 1
+    assert led["finetune_operator_reconciles_total bug"] == 0
+    assert led["finetune_operator_queue_seconds_count"] == led["finetune_operator_reconcile_seconds_count"]
+    assert led["finetune_operator_api_requests_total 200 pods create"] == 2
+    assert led["finetune_operator_api_requests_total 200 leases update"] >= 1, "the lease's thread counts too"
+    assert led["finetune_operator_job_server_requests_total 404 other"] == 1
+    assert standby["finetune_operator_job_server_requests_total 503 /v1/order"] == 1
+    assert not [name for name in led if "sentiment" in name or "team-a" in name]
+
+
+async def test_a_bug_is_counted_and_its_lines_say_whose_job_it_was(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(caplog.handler, "emit", lambda record: lines.append(JsonFormatter().format(record)))
+    monkeypatch.setattr("finetune_operator.reconcile.plan_job", lambda _: 1 / 0)
+    first = await scene.replica("a").starts()
+    await scene.until(lambda: lines and "a bug in the operator" in lines[-1])
+    entry = json.loads(lines[-1])
+    assert (entry["namespace"], entry["job"], entry["uid"]) == ("team-a", "sentiment", job_body()["metadata"]["uid"])
+    assert "ZeroDivisionError" in entry["exception"]
+    assert (await first.scraped())["finetune_operator_reconciles_total bug"] >= 1
+
+
+async def test_a_probe_says_what_is_wrong(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = await scene.replica("a").starts()
+    await scene.until(lambda: len(scene.training_pods) == 2 and not scene.api.events)
+    assert (await first.probed("/healthz"), await first.probed("/readyz")) == ("ok", "ok")
+    monkeypatch.setattr("finetune_operator.observability.vitals.WATCH_DEAD_SECONDS", 0.2)
+    scene.api.store(JOBS, job_body(name="another", uid="bbbbbccc-1"), "ADDED")
+    scene.api.events.clear()  # the watches are dead from here on
+    await first.runtime._take_stock()
+    await asyncio.sleep(0.3)
+    assert await first.says("/healthz", health=True) == 503
+    assert (await first.probed("/healthz")).startswith("the watches have been silent for 0 s")
+    assert (await first.scraped())["finetune_operator_watch_lag_seconds"] > 0.2
+    first.runtime._metrics.api.record(Answer("get", "leases", 0, 1.0))
+    assert await first.probed("/healthz") == "ok", "while the API server is away no watch can show anything"
+    await first.runtime._agents_door.cleanup()
+    assert await first.says("/readyz", health=True) == 503
+    assert await first.probed("/readyz") == "the job server does not listen"
+
+
+async def test_who_has_not_listed_everything_is_not_ready(scene: Scene) -> None:
+    first = await scene.replica("a").starts()
+    first.runtime.cache.is_synced = False
+    assert await first.probed("/readyz") == "not all jobs and pods are listed yet"
 
 
 async def test_one_that_goes_is_followed_at_once_and_its_agents_are_sent_on(scene: Scene) -> None:

@@ -172,3 +172,21 @@ async def test_a_closed_queue_hands_nothing_out_later() -> None:
     queue.close()
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(queue.take(), 1000)
+
+
+@in_virtual_time
+async def test_how_long_a_key_waited_for_a_worker_is_told_when_it_is_handed_out() -> None:
+    waits: list[float] = []
+    queue: WorkQueue[str] = WorkQueue(on_wait=waits.append)
+    queue.add("a")
+    await asyncio.sleep(2)
+    queue.add("a")
+    await queue.take()
+    queue.add("a")
+    await asyncio.sleep(50)
+    queue.done("a")
+    await asyncio.sleep(3)
+    await queue.take()
+    queue.add_after("b", 20)
+    assert await queue.take() == "b"
+    assert waits == pytest.approx([2, 3, 0]), "neither work on it nor its own delay is waiting"

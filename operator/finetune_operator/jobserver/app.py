@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from pydantic import ValidationError
 
 from finetune_api.contract import ORDER_PATH, ORDER_POLL_SECONDS, REPORT_BYTES_LIMIT, REPORT_PATH
@@ -52,9 +53,9 @@ class JobServer:
             JobKey, tuple[dict[str, Any], Orders]
         ] = {}  # with what they were made from; the oldest first
 
-    def app(self) -> web.Application:
+    def app(self, *middlewares: Middleware) -> web.Application:
         """Return the web application."""
-        app = web.Application(client_max_size=REPORT_BYTES_LIMIT)
+        app = web.Application(client_max_size=REPORT_BYTES_LIMIT, middlewares=middlewares)
         app.add_routes([web.post(REPORT_PATH, self._post_report), web.get(ORDER_PATH, self._get_order)])
         return app
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import aiohttp
@@ -28,6 +29,21 @@ ATTEMPTS = 4
 # Five requests bring a job's first two pods about, so 80 such jobs a second; an API server that is slower than that says so with 429.
 REQUESTS_PER_SECOND = 400.0
 BURST = 800
+_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "patch": "PATCH", "delete": "DELETE"}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How one request went: ``verb`` and ``resource`` as in RBAC; ``status`` is 0 when there was no answer."""
+
+    verb: str
+    resource: str
+    status: int
+    seconds: float
+
+
+def _ignore(_: Answer) -> None:
+    pass
 
 
 class TokenBucket:
@@ -48,14 +64,16 @@ class TokenBucket:
 
 
 class KubeClient:
-    """``KubeApi`` against a real API server."""
+    """``KubeApi`` against a real API server. ``on_answer`` is told of every request that left."""
 
-    def __init__(self, client: ApiClient, *, may_write: Callable[[], bool]) -> None:
-        self._client, self._may_write = client, may_write
+    def __init__(
+        self, client: ApiClient, *, may_write: Callable[[], bool], on_answer: Callable[[Answer], None] = _ignore
+    ) -> None:
+        self._client, self._may_write, self._on_answer = client, may_write, on_answer
         self._bucket = TokenBucket(REQUESTS_PER_SECOND, BURST)
 
     @classmethod
-    async def connect(cls, *, may_write: Callable[[], bool]) -> Self:
+    async def connect(cls, *, may_write: Callable[[], bool], on_answer: Callable[[Answer], None] = _ignore) -> Self:
         """Log in as the pod's service account, else as the kubeconfig says."""
         configuration = Configuration()
         try:
@@ -63,7 +81,7 @@ class KubeClient:
         except ConfigException:
             await load_kube_config(client_configuration=configuration)
         configuration.connection_pool_maxsize = 64
-        return cls(ApiClient(configuration), may_write=may_write)
+        return cls(ApiClient(configuration), may_write=may_write, on_answer=on_answer)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -71,7 +89,7 @@ class KubeClient:
 
     async def get(self, resource: Resource, namespace: str, name: str) -> KubeObject:
         """Return one object."""
-        return await self._request("GET", resource.path(namespace, name))
+        return await self._request("get", resource.plural, resource.path(namespace, name))
 
     async def list(
         self, resource: Resource, namespace: str | None = None, *, label_selector: str | None = None
@@ -80,7 +98,7 @@ class KubeClient:
         items: list[KubeObject] = []
         query = {"limit": str(PAGE_SIZE)} | ({"labelSelector": label_selector} if label_selector else {})
         while True:
-            page = await self._request("GET", resource.path(namespace), query=query)
+            page = await self._request("list", resource.plural, resource.path(namespace), query=query)
             items += page["items"]
             if not page["metadata"].get("continue"):
                 return items
@@ -88,25 +106,29 @@ class KubeClient:
 
     async def create(self, resource: Resource, namespace: str | None, body: KubeObject) -> KubeObject:
         """Create one object; ``Conflict`` when its name is taken."""
-        return await self._request("POST", resource.path(namespace), query={"fieldManager": FIELD_MANAGER}, body=body)
+        query = {"fieldManager": FIELD_MANAGER}
+        return await self._request("create", resource.plural, resource.path(namespace), query=query, body=body)
 
     async def apply(self, resource: Resource, namespace: str, body: KubeObject) -> KubeObject:
         """Server-side apply as our field manager."""
         path = resource.path(namespace, body["metadata"]["name"])
         query = {"fieldManager": FIELD_MANAGER, "force": "true"}
-        return await self._request("PATCH", path, query=query, body=body, content_type="application/apply-patch+yaml")
+        return await self._request(
+            "patch", resource.plural, path, query=query, body=body, content_type="application/apply-patch+yaml"
+        )
 
     async def replace(self, resource: Resource, namespace: str, body: KubeObject) -> KubeObject:
         """Replace one object; ``Conflict`` when it is not at the body's resource version any more."""
         path = resource.path(namespace, body["metadata"]["name"])
-        return await self._request("PUT", path, query={"fieldManager": FIELD_MANAGER}, body=body)
+        return await self._request("update", resource.plural, path, query={"fieldManager": FIELD_MANAGER}, body=body)
 
     async def patch_status(
         self, resource: Resource, namespace: str, name: str, *, resource_version: str, status: Mapping[str, Any]
     ) -> KubeObject:
         """Merge ``status``; ``Conflict`` when the object is not at ``resource_version`` any more."""
         return await self._request(
-            "PATCH",
+            "patch",
+            f"{resource.plural}/status",
             resource.path(namespace, name, "status"),
             query={"fieldManager": FIELD_MANAGER},
             body={"metadata": {"resourceVersion": resource_version}, "status": status},
@@ -119,7 +141,8 @@ class KubeClient:
     ) -> KubeObject:
         """Set labels, and take off those that are None; ``Conflict`` when the object is another than the one with ``uid``."""
         return await self._request(
-            "PATCH",
+            "patch",
+            resource.plural,
             resource.path(namespace, name),
             query={"fieldManager": FIELD_MANAGER},
             body={"metadata": {"uid": uid, "labels": dict(labels)}},
@@ -128,15 +151,17 @@ class KubeClient:
 
     async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
         """Delete one object if it still is the one with ``uid``; ``Conflict`` when it is another."""
-        await self._request("DELETE", resource.path(namespace, name), body={"preconditions": {"uid": uid}})
+        body = {"preconditions": {"uid": uid}}
+        await self._request("delete", resource.plural, resource.path(namespace, name), body=body)
 
     async def read(self, path: str) -> KubeObject:
         """Return the JSON document at a path that is no resource, such as ``/openid/v1/jwks``."""
-        return await self._request("GET", path)
+        return await self._request("get", "openid", path)
 
     async def _request(
         self,
-        method: str,
+        verb: str,
+        resource: str,
         path: str,
         *,
         query: Mapping[str, str] | None = None,
@@ -144,13 +169,14 @@ class KubeClient:
         content_type: str = "application/json",
         attempts: int = ATTEMPTS,
     ) -> KubeObject:
-        only_asks = method == "GET" or path == ACCESS_REVIEWS.path()
+        method = _METHODS[verb]
+        only_asks = method == "GET" or resource == ACCESS_REVIEWS.plural
         for attempt in range(1, attempts + 1):
             await self._bucket.take()
             if method != "GET" and not self._may_write():
                 raise NotLeading(f"{method} {path}: not sent, for this process does not lead")
             try:
-                return await self._once(method, path, query or {}, body, content_type)
+                return await self._once(verb, resource, path, query=query or {}, body=body, content_type=content_type)
             except (TooMany, Unavailable) as error:
                 repeatable = isinstance(error, TooMany) or only_asks
                 if attempt == attempts or not repeatable:
@@ -159,8 +185,16 @@ class KubeClient:
         raise AssertionError("the last attempt returns or raises")
 
     async def _once(
-        self, method: str, path: str, query: Mapping[str, str], body: KubeObject | None, content_type: str
+        self,
+        verb: str,
+        resource: str,
+        path: str,
+        *,
+        query: Mapping[str, str],
+        body: KubeObject | None,
+        content_type: str,
     ) -> KubeObject:
+        method, loop = _METHODS[verb], asyncio.get_running_loop()
         request = await self._client.param_serialize(
             method,
             path,
@@ -170,15 +204,19 @@ class KubeClient:
             body=body,
             auth_settings=["BearerToken"],
         )
+        asked_at, status = loop.time(), 0
         try:
             response = await self._client.call_api(*request, _request_timeout=REQUEST_SECONDS)
             raw = await response.read()
+            status = response.status
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Unavailable(f"{method} {path}: {error or type(error).__name__}") from error
-        if response.status < 300:
+        finally:
+            self._on_answer(Answer(verb, resource, status, loop.time() - asked_at))
+        if status < 300:
             answer: KubeObject = json.loads(raw)
             return answer
-        raise _error(method, path, response.status, raw, response.headers.get("Retry-After"))
+        raise _error(method, path, status, raw, response.headers.get("Retry-After"))
 
 
 def _error(method: str, path: str, status: int, raw: bytes, retry_after: str | None) -> KubeError:
