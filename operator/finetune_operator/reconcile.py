@@ -24,6 +24,7 @@ from finetune_operator.plan.observation import NewPod, Observation, Problem
 from finetune_operator.render.config import render_config
 from finetune_operator.render.network import render_network_policy
 from finetune_operator.render.pod import render_pod
+from finetune_operator.render.profile import with_profile_of
 from finetune_operator.settings import Settings
 from finetune_operator.status_writer import StatusWriter
 from finetune_operator.views import PodView
@@ -82,8 +83,7 @@ class Reconciler:
         if plan.create:
             if not any(pod.usable for pod in observed.pods):  # else a new version would change what they run on
                 await self._furnish(job)
-            peer = next((pod for pod in observed.pods if pod.trains), None)
-            obstacle = await self._create_pods(job, plan.create, peer)
+            obstacle = await self._create_pods(job, plan.create, _peer(observed.pods))
         await self._delete_pods(plan.delete)
         if plan.delete_job:
             await self._delete_job(job)
@@ -111,7 +111,7 @@ class Reconciler:
             job=job,
             pods=pods,
             heard={uid: heard[uid] for uid in uids if uid in heard},
-            problem=find_problem(job, self._settings),
+            problem=find_problem(job, with_profile_of(_peer(pods), job, self._settings)),
             obstacle=self._obstacles.get(job.metadata.uid),
             hearing=self._reports.hearing,
             silent_seconds=self._settings.silent_seconds,
@@ -163,7 +163,7 @@ class Reconciler:
         return next((outcome for outcome in outcomes if isinstance(outcome, Problem)), None)
 
     async def _create_pod(self, job: FineTuneJob, place: NewPod, peer: PodView | None) -> Problem | None:
-        body = render_pod(job, place, self._settings, peer)
+        body = render_pod(job, place, with_profile_of(peer, job, self._settings), peer)
         namespace, name = job.metadata.namespace, body["metadata"]["name"]
         try:
             self._cache.observe_pod(await self._api.create(PODS, namespace, body))
@@ -192,3 +192,8 @@ class Reconciler:
             await self._api.delete(JOBS, job.metadata.namespace, job.metadata.name, uid=job.metadata.uid)
         except (NotFound, Conflict):
             logger.debug("job %s/%s is gone already", job.metadata.namespace, job.metadata.name)
+
+
+def _peer(pods: Sequence[PodView]) -> PodView | None:
+    """Return a pod that others of its gang are made like, if one trains."""
+    return next((pod for pod in pods if pod.trains), None)

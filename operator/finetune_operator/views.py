@@ -52,6 +52,7 @@ class PodView:
     containers: tuple[ContainerView, ...] = ()
     agent_image: str = ""
     trainer_image: str = ""
+    profile: str = ""  # that it was made by, whole (render/profile.py)
     resource_version: str = ""
 
     @property
@@ -109,6 +110,7 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
         ),
         agent_image=_image(spec.get("initContainers", ()), contract.AGENT_CONTAINER),
         trainer_image=_image(spec.get("containers", ()), contract.TRAINER_CONTAINER),
+        profile=sys.intern(metadata.get("annotations", {}).get(contract.PROFILE_ANNOTATION, "")),
         resource_version=metadata.get("resourceVersion", ""),
     )
 

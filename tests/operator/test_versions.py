@@ -7,9 +7,11 @@ import pytest
 
 from finetune_agent.reporting import fit
 from finetune_api import protocol
+from finetune_api.contract import PROFILE_ANNOTATION
 from finetune_api.protocol import AgentState, Order, Report, from_wire, to_wire
 from finetune_operator.jobserver.plausible import check_plausible
-from finetune_operator.kube.api import CONFIG_MAPS
+from finetune_operator.kube.api import CONFIG_MAPS, PODS
+from finetune_operator.kube_object import KubeObject
 from finetune_operator.settings import Settings
 from tests.operator.simulation import Cluster
 from tests.operator.story import idle_report
@@ -80,6 +82,67 @@ async def test_a_pod_that_is_replaced_runs_what_its_peers_run() -> None:
         assert (cluster.phase, len(cluster.pods())) == ("Running", 3)
         assert images(cluster) == {("0.1.0", "0.1.0")}
     assert cluster.api.bodies(CONFIG_MAPS) == [config], "nor do they read anything else"
+
+
+OTHER_PROFILE = """
+profiles:
+  default:
+    image: registry.example/finetune-trainer:0.1.0
+    nodeSelector: {pool: new}
+    sharedMemory: 2Gi
+    environment: {NCCL_DEBUG: WARN}
+  fabric: {image: "registry.example/finetune-trainer:0.1.0", runtimeClassName: nvidia}
+"""
+ONLY_ANOTHER = """
+profiles: {other: {image: "registry.example/finetune-trainer:0.1.0"}}
+allowedEndpoints: ["http://store.example:8333"]
+"""
+
+
+def made_alike(pod: KubeObject) -> KubeObject:
+    """What a profile decides of a pod, and all else that is the same for every rank."""
+    spec = {name: value for name, value in pod["spec"].items() if name != "nodeName"}
+    return {"profile": pod["metadata"]["annotations"][PROFILE_ANNOTATION], "spec": spec}
+
+
+@pytest.mark.parametrize("changes", [OTHER_PROFILE, ONLY_ANOTHER], ids=["changed", "removed"])
+async def test_a_pod_that_is_replaced_is_made_by_the_profile_of_its_peers(changes: str) -> None:
+    cluster = Cluster(nodes=3)
+    await cluster.settle()
+    (before, *others) = [made_alike(pod) for pod in cluster.pods()]
+    assert all(other == before for other in others)
+    cluster.restart_operator(changes)
+    for _ in range(3):  # until none is left that the first operator has made
+        cluster.wait(100)
+        cluster.remove_pod(cluster.status["gang"]["members"][0]["uid"])
+        await cluster.settle()
+        assert (cluster.phase, len(cluster.pods())) == ("Running", 3)
+        assert [made_alike(pod) for pod in cluster.pods()] == [before] * 3
+
+
+async def test_a_job_that_starts_anew_is_made_by_the_profile_as_it_is() -> None:
+    cluster = Cluster()
+    await cluster.settle()
+    cluster.restart_operator(OTHER_PROFILE)
+    for suspend in (True, False):
+        cluster.edit(suspend=suspend)
+        await cluster.settle()
+    assert [pod["spec"].get("nodeSelector") for pod in cluster.pods()] == [{"pool": "new"}] * 2
+
+
+@pytest.mark.parametrize(
+    "spoilt", ["", "{", "[]", "1", '{"default": {"image": 1}}', '{"default": {"hostNetwork": true}}']
+)
+async def test_a_profile_on_a_pod_that_cannot_be_read_is_as_good_as_none(spoilt: str) -> None:
+    cluster = Cluster()
+    await cluster.settle()
+    for pod in cluster.pods():
+        pod["metadata"]["annotations"][PROFILE_ANNOTATION] = spoilt
+        cluster.api.store(PODS, pod)
+    cluster.restart_operator(OTHER_PROFILE)
+    cluster.remove_pod(cluster.status["gang"]["members"][1]["uid"])
+    await cluster.settle()
+    assert [pod["spec"].get("nodeSelector") for pod in cluster.pods()] == [None, {"pool": "new"}]
 
 
 async def test_a_gang_of_which_nothing_is_left_is_made_anew() -> None:
