@@ -65,26 +65,19 @@ def test_the_operator_chart_brings_the_crd_when_told_so() -> None:
 # The configuration
 
 
-@pytest.mark.parametrize("name", ["minimal", "namespaced", "everything"])
-def test_the_operator_reads_its_configuration(name: str) -> None:
-    values = yaml.safe_load((OPERATOR / "values.yaml").read_text()) | yaml.safe_load(example(name).read_text())
-    assert _settings(render(OPERATOR, "--values", example(name))) == Settings.model_validate(
+@pytest.mark.parametrize("values", OPERATOR.glob("ci/*-values.yaml"), ids=lambda path: path.stem)
+def test_the_operator_reads_its_configuration(values: Path) -> None:
+    """Whatever is called alike in values and settings is the same."""
+    told = yaml.safe_load((OPERATOR / "values.yaml").read_text()) | yaml.safe_load(values.read_text())
+    alike = told.keys() & {field.alias for field in Settings.model_fields.values()}
+    assert {"watchNamespaces", "profiles", "allowedEndpoints", "storageCidrs", "dnsCidrs", "leaderElection"} <= alike
+    assert _settings(render(OPERATOR, "--values", values)) == Settings.model_validate(
         {
             "namespace": NAMESPACE,
             "service": RELEASE,
-            "operatorImage": values["image"]["reference"],
-            "operatorImagePullPolicy": values["image"].get("pullPolicy") or None,
-            **{
-                field: values[field]
-                for field in (
-                    "watchNamespaces",
-                    "allowedEndpoints",
-                    "allowedResumePrefixes",
-                    "storageCidrs",
-                    "profiles",
-                )
-            },
-            **{field: values[field] for field in ("leaderElection", "workers", "progressSeconds", "silentSeconds")},
+            "operatorImage": told["image"]["reference"],
+            "operatorImagePullPolicy": told["image"].get("pullPolicy") or None,
+            **{name: told[name] for name in alike},
         }
     )
 
@@ -265,6 +258,15 @@ def test_nobody_gets_everything() -> None:
         ("profiles.default.sharedMemory=1GB", ("/profiles/default/sharedMemory",)),
         ("allowedEndpoints={store:9000}", ("/allowedEndpoints/0",)),
         ("allowedEndpoints={http://store/path}", ("/allowedEndpoints/0",)),
+        ("profiles.default.resources.memory=1Gi", ("/profiles/default/resources/memory",)),
+        ("profiles.default.resources.rdma/hca=2", ("/profiles/default/resources", "string")),
+        ("profiles.default.hostNetwork=true", ("/profiles/default", "'hostNetwork'", "not allowed")),
+        ("profiles.default.tolerations[0].effects=NoSchedule", ("/tolerations/0", "'effects'", "not allowed")),
+        ("profiles.default.allowedEndpoints={store}", ("/profiles/default/allowedEndpoints/0",)),
+        ("dnsCidrs={169.254.20.10}", ("/dnsCidrs/0",)),
+        ("networkPolicy.apiServerPorts={http}", ("/networkPolicy/apiServerPorts/0",)),
+        ("networkPolicy.apiServerPorts=", ("/networkPolicy/apiServerPorts",)),
+        ("affinity.podAfinity.a=1", ("/affinity", "'podAfinity'", "not allowed")),
         ("storageCidrs={10.0.0.0}", ("/storageCidrs/0",)),
         ("storageCidrs={}", ("/storageCidrs",)),
         ("watchNamespaces={Team}", ("/watchNamespaces/0",)),
@@ -294,6 +296,41 @@ def test_every_value_has_a_default_and_a_place_in_the_schema() -> None:
         values = yaml.safe_load((chart / "values.yaml").read_text())
         schema = json.loads((chart / "values.schema.json").read_text())
         assert set(schema["properties"]) - {"global"} == set(values)
+
+
+# What Kubernetes or Helm define, and what whole labels are in.
+OPEN = {"global", "nodeAffinity", "podAffinity", "podAntiAffinity"}
+
+
+@pytest.mark.parametrize("chart", [CRDS, OPERATOR], ids=lambda chart: chart.name)
+def test_no_object_of_values_takes_what_it_does_not_know(chart: Path) -> None:
+    def visit(schema: Any, name: str) -> None:
+        if not isinstance(schema, dict):
+            return
+        if schema.get("type") == "object" and name not in OPEN:
+            assert "additionalProperties" in schema, name
+            assert not schema.get("properties") or schema["additionalProperties"] is False, name
+        for part in ("properties", "patternProperties", "$defs"):
+            for inner, child in schema.get(part, {}).items():
+                visit(child, inner)
+        for part in ("items", "additionalProperties"):
+            visit(schema.get(part), f"{name}.{part}")
+
+    visit(json.loads((chart / "values.schema.json").read_text()), chart.name)
+
+
+def test_nothing_is_fetched_from_elsewhere_and_nothing_runs_beside_the_release() -> None:
+    """No hook, no job, no subchart, and no image but those that are named in values."""
+    for values in OPERATOR.glob("ci/*-values.yaml"):
+        documents = render(OPERATOR, "--values", values)
+        text = json.dumps(documents)
+        assert "helm.sh/hook" not in text
+        assert not {"Job", "CronJob", "Pod", "Secret"} & {item["kind"] for item in documents}
+        told = yaml.safe_load(values.read_text())
+        pods = [item["spec"]["template"]["spec"] for item in documents if item["kind"] == "Deployment"]
+        images = {container["image"] for pod in pods for container in pod["containers"] + pod.get("initContainers", [])}
+        assert images == {told["image"]["reference"]}
+    assert "dependencies" not in yaml.safe_load((OPERATOR / "Chart.yaml").read_text())
 
 
 def test_a_profile_may_be_all_that_the_operator_understands() -> None:
