@@ -16,6 +16,7 @@ from finetune_operator.access import NEEDED, NEEDED_AT_HOME
 from finetune_operator.render.network import OPERATOR_SELECTOR
 from finetune_operator.settings import CONFIG_FILE, Profile, Settings
 from tests.chart.helm import CRDS, NAMESPACE, OPERATOR, RELEASE, ci_values, example, find, helm, render
+from tests.operator.restricted import violations
 
 Rights = set[tuple[str, str, str]]
 
@@ -130,6 +131,12 @@ def pod_labels(pod: dict[str, Any]) -> dict[str, str]:
     """The labels by which the pods of a release are known for good."""
     labels = pod["metadata"]["labels"]
     return {name: labels[name] for name in ("app.kubernetes.io/name", "app.kubernetes.io/instance")}
+
+
+@pytest.mark.parametrize("values", OPERATOR.glob("ci/*-values.yaml"), ids=lambda path: path.stem)
+def test_the_operators_own_pods_pass_the_restricted_standard(values: Path) -> None:
+    documents = render(OPERATOR, "--values", values)
+    assert violations(find(documents, "Deployment", RELEASE)["spec"]["template"]) == []
 
 
 # Replicas

@@ -392,8 +392,16 @@ BAD_PODS = {
     "a capability kept": lambda spec: spec["containers"][0].update(securityContext={"allowPrivilegeEscalation": False}),
     "root": lambda spec: spec["securityContext"].update(runAsUser=0),
     "no seccomp profile": lambda spec: spec["securityContext"].pop("seccompProfile"),
+    "a capability of root's": lambda spec: spec["containers"][0].update(securityContext={"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]}}),
+    "a probe of another host": lambda spec: spec["containers"][0].update(livenessProbe={"httpGet": {"host": "198.18.0.1", "port": 80}}),
+    "a hook at another host": lambda spec: spec["containers"][0].update(lifecycle={"preStop": {"tcpSocket": {"host": "198.18.0.1", "port": 80}}}),
+    "the host's processes": lambda spec: spec.update(hostPID=True),
+    "an unsafe sysctl": lambda spec: spec["securityContext"].update(sysctls=[{"name": "kernel.msgmax", "value": "1"}]),
+    "an unmasked /proc": lambda spec: spec["containers"][0]["securityContext"].update(procMount="Unmasked"),
+    "a label of SELinux": lambda spec: spec["initContainers"][0]["securityContext"].update(seLinuxOptions={"type": "spc_t"}),
+    "root in one container": lambda spec: spec["initContainers"][0]["securityContext"].update(runAsUser=0),
     "a port of the host": lambda spec: spec["containers"][0].update(ports=[{"containerPort": 1, "hostPort": 1}]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("spoil", BAD_PODS.values(), ids=BAD_PODS.keys())
