@@ -116,7 +116,8 @@ def test_what_the_chart_grants_is_what_the_operator_needs(name: str, namespaces:
         Grant("get", path="/openid/v1/jwks"),
         Grant("get", path="/.well-known/openid-configuration"),
     }
-    assert grants(render(OPERATOR, "--values", example(name)), ACCOUNT) == served | home | itself
+    documents = render(OPERATOR, "--values", example(name), "--set", "basicRole=true")
+    assert grants(documents, ACCOUNT) == served | home | itself
 
 
 def test_another_account_has_none_of_it() -> None:

@@ -202,10 +202,18 @@ def test_in_namespaces_of_its_own_the_operator_has_no_right_elsewhere() -> None:
     for namespace in ("team-a", "team-b"):
         (role,) = (item for item in documents if item["kind"] == "Role" and item["metadata"]["namespace"] == namespace)
         assert _rights(role["rules"]) == _needed()
-    (basic,) = (item for item in documents if item["kind"] == "ClusterRole")
-    assert {resource for rule in basic["rules"] for resource in rule.get("resources", ())} == {
-        "selfsubjectaccessreviews"
-    }
+    assert {item["kind"] for item in documents if "namespace" not in item["metadata"]} == {"CustomResourceDefinition"}
+
+
+def test_outside_of_namespaces_the_operator_may_ask_about_itself_and_read_public_keys() -> None:
+    documents = render(OPERATOR, "--values", example("minimal"), "--set", "watchNamespaces={team-a}")
+    basic = find(documents, "ClusterRole", f"{NAMESPACE}-{RELEASE}-basic")["rules"]
+    assert [rule.get("resources") or rule["nonResourceURLs"] for rule in basic] == [
+        ["selfsubjectaccessreviews"],
+        ["/.well-known/openid-configuration", "/openid/v1/jwks"],
+    ]
+    bound = [item["roleRef"]["name"] for item in documents if item["kind"] == "ClusterRoleBinding"]
+    assert bound == [f"{NAMESPACE}-{RELEASE}-basic"]
 
 
 def test_the_only_secret_is_its_own() -> None:
