@@ -70,6 +70,15 @@ class PodView:
         """Whether its trainer container runs, so that its images are good."""
         return self.usable and any(one.name == contract.TRAINER_CONTAINER and one.running for one in self.containers)
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether its trainer container runs or ever did."""
+        return any(
+            one.name == contract.TRAINER_CONTAINER
+            and (one.running or one.exit_code is not None or one.last_exit_code is not None)
+            for one in self.containers
+        )
+
 
 def pod_view(body: Mapping[str, Any]) -> PodView | None:
     """Return the view of a pod, or None when it is no training pod of a job (no labels or owner of ours)."""
