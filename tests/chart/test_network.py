@@ -64,6 +64,7 @@ def site(*values: str, name: str = "minimal") -> Site:
             "node-local DNS": Place("169.254.20.10"),
             "API server": Place("198.51.100.10"),
             "store": Place("192.0.2.7"),
+            "Prometheus": Place("198.18.101.7", "monitoring", {"app": "prometheus"}),
             "somewhere": Place("203.0.113.9"),
             "metadata service": Place("169.254.169.254"),
             "metadata service by IPv6": Place("fe80::a9fe:a9fe"),
@@ -91,6 +92,7 @@ ALLOWED = [
     ("rank 0", "cluster DNS", 53, "UDP"),
     ("rank 0", "node-local DNS", 53, "TCP"),
     ("rank 0", "store", 8333, "TCP"),
+    ("Prometheus", "operator", 8081, "TCP"),
     ("operator", "API server", 6443, "TCP"),
     ("operator", "API server", 443, "TCP"),
     ("operator", "cluster DNS", 53, "UDP"),
@@ -103,6 +105,9 @@ REFUSED = [
     ("operator", "rank 0", 29500, "TCP"),
     ("rank 0", "a tenant's pod", 80, "TCP"),
     ("rank 0", "operator", 8080, "TCP"),
+    ("rank 0", "operator", 8081, "TCP"),
+    ("Prometheus", "operator", 9443, "TCP"),
+    ("Prometheus", "rank 0", 29500, "TCP"),
     ("rank 0", "operator", 9443, "UDP"),
     ("rank 0", "a neighbour of the operator", 9443, "TCP"),
     ("rank 0", "a pod called operator", 9443, "TCP"),
@@ -152,6 +157,15 @@ def test_only_pods_of_namespaces_that_are_served_reach_the_job_server() -> None:
     served = site("--set", "watchNamespaces={team-b}")
     assert served.may("another team", "operator", 9443)
     assert not served.may("rank 0", "operator", 9443)
+
+
+def test_metrics_are_for_those_who_are_named() -> None:
+    named = site(
+        "--set", r"networkPolicy.metricsFrom[0].namespaceSelector.matchLabels.kubernetes\.io/metadata\.name=monitoring"
+    )
+    assert named.may("Prometheus", "operator", 8081)
+    assert not named.may("a tenant's pod", "operator", 8081)
+    assert site().may("a tenant's pod", "operator", 8081)
 
 
 def test_without_it_only_the_operators_own_policy_is_gone() -> None:

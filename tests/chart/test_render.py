@@ -314,7 +314,7 @@ def test_every_value_has_a_default_and_a_place_in_the_schema() -> None:
 
 
 # What Kubernetes or Helm define, and what whole labels are in.
-OPEN = {"global", "nodeAffinity", "podAffinity", "podAntiAffinity"}
+OPEN = {"global", "nodeAffinity", "podAffinity", "podAntiAffinity", "namespaceSelector", "podSelector", "ipBlock"}
 
 
 @pytest.mark.parametrize("chart", [CRDS, OPERATOR], ids=lambda chart: chart.name)
