@@ -63,7 +63,7 @@ def _meaning(lines: list[str], line: int, path: str) -> str:
         above.insert(0, lines[line].strip().removeprefix("# "))
     opens_parent = "." in path and line > 0 and lines[line - 1].strip() == f"{path.split('.')[-2]}:"
     parent = _meaning(lines, line - 1, path.rpartition(".")[0]) if opens_parent and not above else ""
-    return " ".join(part for part in (parent, *above, behind) if part)
+    return " ".join(part for part in (parent, *above, _sentence(behind)) if part)
 
 
 def _unset(lines: list[str], line: int, path: str) -> Iterator[str]:
@@ -83,7 +83,11 @@ def _row(path: str, value: str, meaning: str) -> str:
     if not meaning:
         raise ValueError(f"values.yaml says nothing of {path}: write it above the key, or behind its value")
     escaped = meaning.replace("|", "\\|").replace("<", "&lt;")
-    return f"| `{path}` | {value} | {escaped[0].upper()}{escaped[1:]} |\n"
+    return f"| `{path}` | {value} | {_sentence(escaped)} |\n"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def main() -> int:

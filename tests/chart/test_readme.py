@@ -54,7 +54,7 @@ three: ""  # last
 # four: 4    another
 """) == (
         "| Value | Default | Meaning |\n|---|---|---|\n"
-        "| `one` | `1` | Above one. and behind it |\n"
+        "| `one` | `1` | Above one. And behind it |\n"
         '| `two.inner` | `{"a": [1]}` | Of the parent \\| and &lt;its> first key. |\n'
         "| `two.second` | not set, e.g. `x` | That may be set |\n"
         "\n### A title\n\n| Value | Default | Meaning |\n|---|---|---|\n"
