@@ -52,12 +52,14 @@ check: venv ## Style, types, import contracts, generated files: before every com
 	mypy
 	lint-imports --no-cache > $(FINETUNE_CACHE)/imports.log || { cat $(FINETUNE_CACHE)/imports.log; exit 1; }
 	python -m finetune_api --check
+	python charts/readme.py --check
 
 format: venv ## Let ruff format, and mend what it can
 	ruff format --quiet . && ruff check --quiet --fix .
 
-generate: venv ## Write the CRD, its copies and its reference page from the types
+generate: venv ## Write the CRD, its copies and its reference page from the types, and the tables of the charts' READMEs from their values
 	python -m finetune_api
+	python charts/readme.py
 
 build: venv ## Build the cluster's programs and the images, without starting anything
 	python -m tests.cluster build

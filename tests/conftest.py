@@ -54,7 +54,8 @@ def namespace(operator: Cluster) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the cluster is marked so, and cannot be forgotten."""
+    """Whatever uses the cluster is marked so, and cannot be forgotten; what looks back at all that was done comes last."""
+    items.sort(key=lambda item: item.path.name == "test_rights.py")
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.cluster)

@@ -16,6 +16,7 @@ JOB_LABEL = GROUP + "/job"
 JOB_UID_LABEL = GROUP + "/job-uid"
 RANK_LABEL = GROUP + "/rank"
 GENERATION_LABEL = GROUP + "/generation"  # the one that the pod was created for
+PROFILE_ANNOTATION = GROUP + "/profile"  # of a pod: the administrator's profile that it was made by, whole
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGER = "finetune-operator"
 LEADER_LABEL = GROUP + "/leader"

@@ -18,6 +18,7 @@ from finetune_operator.cache import Cache, JobKey, job_key
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.api import CONFIG_MAPS, JOBS, NETWORK_POLICIES, PODS, KubeApi
 from finetune_operator.kube.errors import Conflict, Forbidden, Invalid, NotFound
+from finetune_operator.kube_object import KubeObject
 from finetune_operator.observability.history import History
 from finetune_operator.plan.admission import find_problem
 from finetune_operator.plan.giving_way import QUOTA, Turn, is_waiting, turn_of
@@ -26,6 +27,7 @@ from finetune_operator.plan.observation import NewPod, Observation, Problem
 from finetune_operator.render.config import render_config
 from finetune_operator.render.network import render_network_policy
 from finetune_operator.render.pod import render_pod
+from finetune_operator.render.profile import find_example, find_peer, with_profile_of
 from finetune_operator.settings import Settings
 from finetune_operator.status_writer import StatusWriter
 from finetune_operator.views import PodView
@@ -90,8 +92,7 @@ class Reconciler:
         if plan.create:
             if not any(pod.usable for pod in observed.pods):  # else a new version would change what they run on
                 await self._furnish(job)
-            peer = next((pod for pod in observed.pods if pod.trains), None)
-            obstacle = await self._create_pods(job, plan.create, peer)
+            obstacle = await self._create_pods(job, plan.create, observed.pods)
         await self._delete_pods(plan.delete)
         if plan.delete_job:
             await self._delete_job(job)
@@ -119,7 +120,7 @@ class Reconciler:
             job=job,
             pods=pods,
             heard={uid: heard[uid] for uid in uids if uid in heard},
-            problem=find_problem(job, self._settings),
+            problem=find_problem(job, with_profile_of(find_example(pods, self._settings), job, self._settings)),
             obstacle=self._obstacles.get(job.metadata.uid),
             hearing=self._reports.hearing,
             silent_seconds=self._settings.silent_seconds,
@@ -161,13 +162,15 @@ class Reconciler:
         await self._api.apply(NETWORK_POLICIES, namespace, render_network_policy(job, self._settings))
         self._furnished[job.metadata.uid] = job.metadata.generation
 
-    async def _create_pods(self, job: FineTuneJob, places: Sequence[NewPod], peer: PodView | None) -> Problem | None:
+    async def _create_pods(self, job: FineTuneJob, places: Sequence[NewPod], pods: Sequence[PodView]) -> Problem | None:
         """Create pods, and return why the first that was refused was: the same whichever answer came last."""
         limit = asyncio.Semaphore(POD_REQUESTS_AT_ONCE)
+        settings = with_profile_of(find_example(pods, self._settings), job, self._settings)
+        peer = find_peer(pods)
 
         async def create(place: NewPod) -> Problem | None:
             async with limit:
-                return await self._create_pod(job, place, peer)
+                return await self._create_pod(job, render_pod(job, place, settings, peer))
 
         outcomes = await asyncio.gather(*(create(place) for place in places), return_exceptions=True)
         for outcome in outcomes:  # all have been tried; one error is enough to come back
@@ -175,8 +178,7 @@ class Reconciler:
                 raise outcome
         return next((outcome for outcome in outcomes if isinstance(outcome, Problem)), None)
 
-    async def _create_pod(self, job: FineTuneJob, place: NewPod, peer: PodView | None) -> Problem | None:
-        body = render_pod(job, place, self._settings, peer)
+    async def _create_pod(self, job: FineTuneJob, body: KubeObject) -> Problem | None:
         namespace, name = job.metadata.namespace, body["metadata"]["name"]
         try:
             self._cache.observe_pod(await self._api.create(PODS, namespace, body))

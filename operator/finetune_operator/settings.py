@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, Field, model_validator
 
-from finetune_api.contract import JOB_SERVER_PORT
+from finetune_api.contract import CREDENTIALS, JOB_SERVER_PORT
 from finetune_api.quantity import quantity_value
 from finetune_api.schema import ApiModel, StorageUri
 
@@ -57,6 +57,20 @@ class Profile(ApiModel):
     """Runtime class of the pods."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment of the workers, such as NCCL settings."""
+    resources: dict[str, Annotated[str, AfterValidator(_checked_quantity)]] = Field(default_factory=dict)
+    """What each pod gets beside what the job asks for, such as devices of a fabric and huge pages."""
+    allowed_endpoints: tuple[str, ...] | None = None
+    """Of the endpoints that jobs may name, those for jobs with this profile. Default: all."""
+
+    @model_validator(mode="after")
+    def _adds_and_replaces_nothing(self) -> Self:
+        taken = sorted(self.resources.keys() & {"cpu", "memory", self.gpu_resource})
+        if taken:
+            raise ValueError(f"resources: {', '.join(taken)} is for the job to ask for, in spec.workers.resources")
+        ours = sorted(name for name in self.environment if name.startswith("FINETUNE_") or name in CREDENTIALS)
+        if ours:
+            raise ValueError(f"environment: {', '.join(ours)} is set by the operator")
+        return self
 
 
 class LeaderElection(ApiModel):
@@ -106,6 +120,8 @@ class Settings(ApiModel):
     """Where else checkpoint.resumeFrom may point, besides the job's own storage.uri/namespace/; * means anywhere."""
     storage_cidrs: tuple[Cidr, ...] = ("0.0.0.0/0",)
     """Where training pods may connect to the store; link-local addresses never."""
+    dns_cidrs: tuple[Cidr, ...] = ()
+    """Where training pods may ask for names, beside the pods of kube-system. Default: anywhere, on port 53."""
     profiles: dict[str, Profile]
     """Named bundles; a job that names none gets `default`."""
     job_server_port: int = JOB_SERVER_PORT

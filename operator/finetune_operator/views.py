@@ -52,6 +52,7 @@ class PodView:
     containers: tuple[ContainerView, ...] = ()
     agent_image: str = ""
     trainer_image: str = ""
+    profile: str = ""  # that it was made by, whole (render/profile.py)
     resource_version: str = ""
 
     @property
@@ -68,6 +69,15 @@ class PodView:
     def trains(self) -> bool:
         """Whether its trainer container runs, so that its images are good."""
         return self.usable and any(one.name == contract.TRAINER_CONTAINER and one.running for one in self.containers)
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether its trainer container runs or ever did."""
+        return any(
+            one.name == contract.TRAINER_CONTAINER
+            and (one.running or one.exit_code is not None or one.last_exit_code is not None)
+            for one in self.containers
+        )
 
 
 def pod_view(body: Mapping[str, Any]) -> PodView | None:
@@ -109,6 +119,7 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
         ),
         agent_image=_image(spec.get("initContainers", ()), contract.AGENT_CONTAINER),
         trainer_image=_image(spec.get("containers", ()), contract.TRAINER_CONTAINER),
+        profile=sys.intern(metadata.get("annotations", {}).get(contract.PROFILE_ANNOTATION, "")),
         resource_version=metadata.get("resourceVersion", ""),
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from finetune_operator.kube.api import Resource
 from tests.api.api_server import ApiServer
 from tests.api.manifests import changed, script_job
 from tests.chart.conftest import Installation
-from tests.chart.helm import CRDS, OPERATOR, RELEASE, example, find, render
+from tests.chart.helm import CRDS, ci_values, render
+from tests.cluster.console import ClusterError
 from tests.cluster.installation import CRDS_RELEASE, SYSTEM_NAMESPACE
 
 Wait = Callable[[Callable[[], str]], str]
@@ -220,19 +222,52 @@ def test_the_operators_pod_passes_restricted_pod_security(installation: Installa
     assert "pod/operator created" in said
 
 
-def test_the_api_server_takes_every_object_as_it_is_written(installation: Installation) -> None:
-    """Strictly: a misspelt field is an error, and not dropped."""
-    objects = [
-        item
-        for item in render(OPERATOR, "--values", str(example("everything")))
-        if item["kind"] != "CustomResourceDefinition"
-    ]
+@pytest.mark.parametrize(("chart", "values"), ci_values(), ids=lambda path: path.stem)
+def test_the_api_server_takes_every_object_as_it_is_written(
+    installation: Installation, chart: Path, values: Path
+) -> None:
+    """Strictly: a misspelt field is an error, and not dropped. The Prometheus Operator's API is not there."""
+    objects = [item for item in render(chart, "--values", values) if "monitoring.coreos.com" not in item["apiVersion"]]
     for item in objects:
         if "namespace" in item["metadata"]:
             item["metadata"]["namespace"] = installation.namespace
-    assert find(objects, "Deployment", RELEASE)
     documents = "\n---\n".join(json.dumps(item) for item in objects)
-    installation.cluster.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", input=documents)
+    said = installation.cluster.kubectl(
+        *("apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-f", "-"),
+        input=documents,
+    )
+    assert said.count("serverside-applied") == len(objects)
+
+
+# The cluster's own roles
+
+
+def test_who_may_view_or_edit_a_namespace_may_do_so_with_its_jobs(
+    installation: Installation, acceptance: Wait, refusal: Wait
+) -> None:
+    group = "rbac.authorization.k8s.io"
+    for user, role in (("ivan", "view"), ("judy", "edit")):
+        installation.cluster.apply(
+            {
+                "apiVersion": f"{group}/v1",
+                "kind": "RoleBinding",
+                "metadata": {"name": user, "namespace": installation.tenant},
+                "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": role},
+                "subjects": [{"apiGroup": group, "kind": "User", "name": user}],
+            }
+        )
+    jobs = "finetunejobs.finetune.dev"
+
+    def ask(user: str, verb: str, *more: str) -> Callable[[], str]:
+        return lambda: installation.as_user(user, "auth", "can-i", verb, jobs, *more)
+
+    acceptance(ask("judy", "create"))  # and by then the roles are known
+    for user, verb in [("ivan", "get"), ("ivan", "watch"), ("judy", "list"), ("judy", "patch"), ("judy", "delete")]:
+        acceptance(ask(user, verb))
+    for user, verb in [("ivan", "create"), ("ivan", "patch"), ("ivan", "delete")]:
+        refusal(ask(user, verb))
+    for verb in ("patch", "update"):
+        refusal(ask("judy", verb, "--subresource=status"))
 
 
 def test_the_api_server_has_no_complaint_about_the_policy(installation: Installation, acceptance: Wait) -> None:
@@ -250,6 +285,32 @@ def test_the_notes_tell_how_to_go_on(installation: Installation) -> None:
     assert "Jobs may use the profiles: default, gpu" in notes
     assert "Jobs may store at: amazon-s3" in notes
     assert "CAUTION" not in notes
+
+
+def test_an_upgrade_is_rolled_back_to_what_was(installation: Installation) -> None:
+    """Also after values that Helm has refused."""
+    cluster, release = installation.cluster, (installation.release, "--namespace", installation.namespace)
+
+    def state() -> tuple[Any, Any, Any]:
+        template = cluster.get("deployment", installation.release, installation.namespace)["spec"]["template"]
+        config = cluster.get("configmap", installation.release, installation.namespace)["data"]
+        return template, config, cluster.helm("get", "values", *release, "--all")
+
+    installation.install()
+    before = state()
+    revision = json.loads(cluster.helm("status", *release, "-o", "json"))["version"]
+    installation.install("--set", "workers=9,replicas=1,watchNamespaces={default},networkPolicy.enabled=false")
+    changed_state = state()
+    assert all(one != other for one, other in zip(before, changed_state, strict=True))
+    assert not cluster.kubectl("get", "networkpolicies", "-n", installation.namespace, "-o", "name").strip()
+    with pytest.raises(ClusterError, match="/workers"):
+        installation.install("--set", "workers=0")
+    assert state() == changed_state, "what is refused changes nothing"
+    cluster.helm("rollback", *release[:1], str(revision), *release[1:])
+    assert state() == before
+    roles = cluster.kubectl("get", "roles", "-n", "default", "-l", f"app.kubernetes.io/instance={installation.release}")
+    assert not roles.strip(), "rights that are not needed any more are taken back"
+    assert cluster.kubectl("get", "networkpolicies", "-n", installation.namespace, "-o", "name").strip()
 
 
 def test_uninstalling_both_charts_leaves_the_crd_and_the_jobs(installation: Installation) -> None:

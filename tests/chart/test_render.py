@@ -16,6 +16,7 @@ from finetune_operator.access import NEEDED, NEEDED_AT_HOME
 from finetune_operator.render.network import OPERATOR_SELECTOR
 from finetune_operator.settings import CONFIG_FILE, Profile, Settings
 from tests.chart.helm import CRDS, NAMESPACE, OPERATOR, RELEASE, ci_values, example, find, helm, render
+from tests.operator.restricted import violations
 
 Rights = set[tuple[str, str, str]]
 
@@ -65,29 +66,19 @@ def test_the_operator_chart_brings_the_crd_when_told_so() -> None:
 # The configuration
 
 
-@pytest.mark.parametrize("name", ["minimal", "namespaced", "everything"])
-def test_the_operator_reads_its_configuration(name: str) -> None:
-    values = yaml.safe_load((OPERATOR / "values.yaml").read_text()) | yaml.safe_load(example(name).read_text())
-    assert _settings(render(OPERATOR, "--values", example(name))) == Settings.model_validate(
+@pytest.mark.parametrize("values", OPERATOR.glob("ci/*-values.yaml"), ids=lambda path: path.stem)
+def test_the_operator_reads_its_configuration(values: Path) -> None:
+    """Whatever is called alike in values and settings is the same."""
+    told = yaml.safe_load((OPERATOR / "values.yaml").read_text()) | yaml.safe_load(values.read_text())
+    alike = told.keys() & {field.alias for field in Settings.model_fields.values()}
+    assert {"watchNamespaces", "profiles", "allowedEndpoints", "storageCidrs", "dnsCidrs", "leaderElection"} <= alike
+    assert _settings(render(OPERATOR, "--values", values)) == Settings.model_validate(
         {
             "namespace": NAMESPACE,
             "service": RELEASE,
-            "operatorImage": values["image"]["reference"],
-            "operatorImagePullPolicy": values["image"].get("pullPolicy") or None,
-            **{
-                field: values[field]
-                for field in (
-                    "watchNamespaces",
-                    "allowedEndpoints",
-                    "allowedResumePrefixes",
-                    "storageCidrs",
-                    "profiles",
-                )
-            },
-            **{
-                field: values[field]
-                for field in ("leaderElection", "workers", "progressSeconds", "silentSeconds", "logging")
-            },
+            "operatorImage": told["image"]["reference"],
+            "operatorImagePullPolicy": told["image"].get("pullPolicy") or None,
+            **{name: told[name] for name in alike},
         }
     )
 
@@ -141,6 +132,12 @@ def pod_labels(pod: dict[str, Any]) -> dict[str, str]:
     """The labels by which the pods of a release are known for good."""
     labels = pod["metadata"]["labels"]
     return {name: labels[name] for name in ("app.kubernetes.io/name", "app.kubernetes.io/instance")}
+
+
+@pytest.mark.parametrize("values", OPERATOR.glob("ci/*-values.yaml"), ids=lambda path: path.stem)
+def test_the_operators_own_pods_pass_the_restricted_standard(values: Path) -> None:
+    documents = render(OPERATOR, "--values", values)
+    assert violations(find(documents, "Deployment", RELEASE)["spec"]["template"]) == []
 
 
 # Replicas
@@ -206,10 +203,18 @@ def test_in_namespaces_of_its_own_the_operator_has_no_right_elsewhere() -> None:
     for namespace in ("team-a", "team-b"):
         (role,) = (item for item in documents if item["kind"] == "Role" and item["metadata"]["namespace"] == namespace)
         assert _rights(role["rules"]) == _needed()
-    (basic,) = (item for item in documents if item["kind"] == "ClusterRole")
-    assert {resource for rule in basic["rules"] for resource in rule.get("resources", ())} == {
-        "selfsubjectaccessreviews"
-    }
+    assert {item["kind"] for item in documents if "namespace" not in item["metadata"]} == {"CustomResourceDefinition"}
+
+
+def test_outside_of_namespaces_the_operator_may_ask_about_itself_and_read_public_keys() -> None:
+    documents = render(OPERATOR, "--values", example("minimal"), "--set", "watchNamespaces={team-a}")
+    basic = find(documents, "ClusterRole", f"{NAMESPACE}-{RELEASE}-basic")["rules"]
+    assert [rule.get("resources") or rule["nonResourceURLs"] for rule in basic] == [
+        ["selfsubjectaccessreviews"],
+        ["/.well-known/openid-configuration", "/openid/v1/jwks"],
+    ]
+    bound = [item["roleRef"]["name"] for item in documents if item["kind"] == "ClusterRoleBinding"]
+    assert bound == [f"{NAMESPACE}-{RELEASE}-basic"]
 
 
 def test_the_only_secret_is_its_own() -> None:
@@ -269,6 +274,15 @@ def test_nobody_gets_everything() -> None:
         ("profiles.default.sharedMemory=1GB", ("/profiles/default/sharedMemory",)),
         ("allowedEndpoints={store:9000}", ("/allowedEndpoints/0",)),
         ("allowedEndpoints={http://store/path}", ("/allowedEndpoints/0",)),
+        ("profiles.default.resources.memory=1Gi", ("/profiles/default/resources/memory",)),
+        ("profiles.default.resources.rdma/hca=2", ("/profiles/default/resources", "string")),
+        ("profiles.default.hostNetwork=true", ("/profiles/default", "'hostNetwork'", "not allowed")),
+        ("profiles.default.tolerations[0].effects=NoSchedule", ("/tolerations/0", "'effects'", "not allowed")),
+        ("profiles.default.allowedEndpoints={store}", ("/profiles/default/allowedEndpoints/0",)),
+        ("dnsCidrs={169.254.20.10}", ("/dnsCidrs/0",)),
+        ("networkPolicy.apiServerPorts={http}", ("/networkPolicy/apiServerPorts/0",)),
+        ("networkPolicy.apiServerPorts=", ("/networkPolicy/apiServerPorts",)),
+        ("affinity.podAfinity.a=1", ("/affinity", "'podAfinity'", "not allowed")),
         ("storageCidrs={10.0.0.0}", ("/storageCidrs/0",)),
         ("storageCidrs={}", ("/storageCidrs",)),
         ("watchNamespaces={Team}", ("/watchNamespaces/0",)),
@@ -302,6 +316,41 @@ def test_every_value_has_a_default_and_a_place_in_the_schema() -> None:
         values = yaml.safe_load((chart / "values.yaml").read_text())
         schema = json.loads((chart / "values.schema.json").read_text())
         assert set(schema["properties"]) - {"global"} == set(values)
+
+
+# What Kubernetes or Helm define, and what whole labels are in.
+OPEN = {"global", "nodeAffinity", "podAffinity", "podAntiAffinity", "namespaceSelector", "podSelector", "ipBlock"}
+
+
+@pytest.mark.parametrize("chart", [CRDS, OPERATOR], ids=lambda chart: chart.name)
+def test_no_object_of_values_takes_what_it_does_not_know(chart: Path) -> None:
+    def visit(schema: Any, name: str) -> None:
+        if not isinstance(schema, dict):
+            return
+        if schema.get("type") == "object" and name not in OPEN:
+            assert "additionalProperties" in schema, name
+            assert not schema.get("properties") or schema["additionalProperties"] is False, name
+        for part in ("properties", "patternProperties", "$defs"):
+            for inner, child in schema.get(part, {}).items():
+                visit(child, inner)
+        for part in ("items", "additionalProperties"):
+            visit(schema.get(part), f"{name}.{part}")
+
+    visit(json.loads((chart / "values.schema.json").read_text()), chart.name)
+
+
+def test_nothing_is_fetched_from_elsewhere_and_nothing_runs_beside_the_release() -> None:
+    """No hook, no job, no subchart, and no image but those that are named in values."""
+    for values in OPERATOR.glob("ci/*-values.yaml"):
+        documents = render(OPERATOR, "--values", values)
+        text = json.dumps(documents)
+        assert "helm.sh/hook" not in text
+        assert not {"Job", "CronJob", "Pod", "Secret"} & {item["kind"] for item in documents}
+        told = yaml.safe_load(values.read_text())
+        pods = [item["spec"]["template"]["spec"] for item in documents if item["kind"] == "Deployment"]
+        images = {container["image"] for pod in pods for container in pod["containers"] + pod.get("initContainers", [])}
+        assert images == {told["image"]["reference"]}
+    assert "dependencies" not in yaml.safe_load((OPERATOR / "Chart.yaml").read_text())
 
 
 def test_a_profile_may_be_all_that_the_operator_understands() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import ssl
 import urllib.request
@@ -40,6 +41,14 @@ _DNS_BINDING = {
 }
 DNS_MANIFESTS = (_DNS_RIGHTS, _DNS_BINDING)
 
+# Every request of the operator's service account, without what is in it; nobody else's.
+_AUDIT_POLICY = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived"],
+    "rules": [{"level": "Metadata", "userGroups": ["system:serviceaccounts:finetune-system"]}],
+}
+
 
 @dataclass(frozen=True, slots=True)
 class ControlPlane:
@@ -56,6 +65,14 @@ class ControlPlane:
     def admin(self) -> Path:
         return self.directory / "kubeconfig"
 
+    @property
+    def audit_log(self) -> Path:
+        return self.directory / "audit.log"
+
+    @property
+    def _audit_policy(self) -> Path:
+        return self.directory / "audit-policy.json"
+
     def component(self, name: str) -> Path:
         return self.directory / "kubeconfigs" / name
 
@@ -69,6 +86,7 @@ class ControlPlane:
         authority.issue("api", "kube-apiserver", addresses=addresses)
         authority.issue("kubelet-client", "kube-apiserver-kubelet-client", groups=["system:masters"])
         self._write_tokens()
+        self._audit_policy.write_text(json.dumps(_AUDIT_POLICY))
 
     def _write_tokens(self) -> None:
         users = [("admin", "admin", "system:masters")]
@@ -114,6 +132,9 @@ class ControlPlane:
             f"--service-account-signing-key-file={pki / 'service-accounts.key'}",
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-cluster-ip-range={SERVICE_NETWORK}",
+            f"--audit-policy-file={self._audit_policy}",
+            f"--audit-log-path={self.audit_log}",
+            "--audit-log-maxsize=4096",  # megabytes: never turned over
         )
 
     def wait_until_ready(self) -> None:

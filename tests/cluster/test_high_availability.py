@@ -1,4 +1,5 @@
-"""Two replicas of the operator on the real cluster: the leader dies, is cut off, is replaced, and training does not notice.
+"""Two replicas of the operator on the real cluster: the leader dies, is cut off, is replaced, and training does not notice. Nor does it
+when the release is upgraded, rolled back, uninstalled and installed again.
 
 How long it takes until status moves again is printed.
 """
@@ -12,7 +13,15 @@ import yaml
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.console import say
-from tests.cluster.installation import RELEASE, ROOT, SYSTEM_NAMESPACE, install_on, leader
+from tests.cluster.installation import (
+    CRDS_RELEASE,
+    RELEASE,
+    ROOT,
+    SYSTEM_NAMESPACE,
+    install_on,
+    leader,
+    uninstall_operator,
+)
 from tests.cluster.jobs import Job, submit
 from tests.cluster.training_inputs import script_spec
 
@@ -178,3 +187,65 @@ def test_an_upgrade_and_the_way_back_disturb_no_training(operator: Cluster, job:
         wait_for_replicas(operator)
         wait_for_progress(operator, job, f"lease of {times['leaseSeconds']} s")
     assert {pod["spec"]["initContainers"][0]["image"] for pod in job.pods()} == {image}
+
+
+@pytest.mark.long
+def test_a_release_that_is_rolled_back_disturbs_no_training(operator: Cluster, job: Job) -> None:
+    """By Helm, from other values and other profiles."""
+    said = operator.helm("status", RELEASE, "--namespace", SYSTEM_NAMESPACE, "-o", "json")
+    install_on(operator, {"progressSeconds": 2, "profiles": other_profile(operator)})
+    wait_for_replicas(operator)
+    wait_for_progress(operator, job, "upgraded")
+    revision = str(json.loads(said)["version"])
+    operator.helm("rollback", RELEASE, revision, "--namespace", SYSTEM_NAMESPACE, "--wait", "--timeout", "120s")
+    wait_for_replicas(operator)
+    wait_for_progress(operator, job, "rolled back")
+
+
+@pytest.mark.long
+def test_an_uninstall_leaves_what_trains_to_the_next_installation(operator: Cluster, job: Job) -> None:
+    """Both charts: the CRD, the job, its children and the authority that its agents trust are there when they come back."""
+    of_job = ("--namespace", job.namespace, "-l", f"finetune.dev/job={job.name}")
+    children = ("get", "pods,configmaps,networkpolicies", *of_job, "-o", "jsonpath={.items[*].metadata.uid}")
+    before = operator.kubectl(*children)
+    assert len(before.split()) == 4
+    try:
+        uninstall_operator(operator)
+        operator.helm("uninstall", CRDS_RELEASE, "--namespace", SYSTEM_NAMESPACE)
+        wait_until("no replica is left", lambda: not replicas(operator))
+        assert operator.kubectl(*children) == before
+        assert [restarts(pod) for pod in job.pods()] == [0] * len(job.pods())
+    finally:
+        install_on(operator)
+    wait_for_replicas(operator)
+    wait_for_progress(operator, job, "installed again")
+    assert operator.kubectl(*children) == before
+
+
+@pytest.mark.long
+def test_a_profile_that_changes_reaches_a_job_when_it_starts_anew(operator: Cluster, namespace: str) -> None:
+    job = submit(operator, namespace, "kept-profile", script_spec(operator, TRAINING))
+    job.wait_for_phase("Running")
+    try:
+        install_on(operator, {"profiles": other_profile(operator)})
+        wait_for_replicas(operator)
+        operator.kubectl("delete", "pod", "--namespace", namespace, job.pods()[1]["metadata"]["name"])
+        job.wait("the pod is replaced", lambda s: s["gang"]["generation"] > 1 and s["phase"] == "Running")
+        assert [flavours(pod) for pod in job.pods()] == [[], []]
+        job.patch({"suspend": True})
+        job.wait_for_phase("Suspended")
+        job.patch({"suspend": False})
+        job.wait_for_phase("Running")
+        assert [flavours(pod) for pod in job.pods()] == [["other"], ["other"]]
+    finally:
+        install_on(operator)
+    job.delete()
+
+
+def other_profile(cluster: Cluster) -> dict:
+    return {"default": {"image": cluster.trainer_image, "environment": {"FLAVOUR": "other"}}}
+
+
+def flavours(pod: dict) -> list[str]:
+    environment = pod["spec"]["containers"][0]["env"]
+    return [variable["value"] for variable in environment if variable["name"] == "FLAVOUR"]

@@ -41,6 +41,7 @@ profiles:
     priorityClassName: training
     runtimeClassName: nvidia
     environment: {NCCL_SOCKET_IFNAME: eth0}
+    resources: {rdma/hca: "4", hugepages-2Mi: 1Gi}
 """
 
 

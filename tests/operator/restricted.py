@@ -21,9 +21,14 @@ SAFE_SYSCTLS = {
 }
 
 
+PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
+
+
 def violations(pod: dict[str, Any]) -> list[str]:
     """Return what the standard would refuse in a pod; empty for one that passes."""
-    return list(_violations(pod["spec"]))
+    annotations = pod["metadata"].get("annotations", {})
+    confined = [name for name in annotations if name.startswith("container.apparmor.security.beta.kubernetes.io/")]
+    return [*confined, *_violations(pod["spec"])]
 
 
 def _violations(spec: dict[str, Any]) -> Iterator[str]:
@@ -59,5 +64,8 @@ def _container_violations(container: dict[str, Any], pod: dict[str, Any]) -> Ite
         yield f"{name} sees an unmasked /proc"
     if any(port.get("hostPort") for port in container.get("ports", ())):
         yield f"{name} takes ports of the host"
+    handlers = [container.get(probe, {}) for probe in PROBES] + list(container.get("lifecycle", {}).values())
+    if any(handler.get(kind, {}).get("host") for handler in handlers for kind in ("httpGet", "tcpSocket")):
+        yield f"{name} has the kubelet ask elsewhere"
     if {"appArmorProfile", "seLinuxOptions", "windowsOptions"} & {*own, *pod}:
         yield f"{name} changes what the runtime confines it with"

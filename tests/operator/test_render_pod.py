@@ -5,10 +5,11 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_api import contract
+from finetune_api.job import FineTuneJob, parse_job
 from finetune_api.protocol import JobFile, from_wire
 from finetune_api.quantity import quantity_value, total_bytes
 from finetune_api.recipe import MetricName
@@ -17,7 +18,11 @@ from finetune_operator.render.config import render_config
 from finetune_operator.render.names import child_name, job_prefix, pod_name
 from finetune_operator.render.network import render_network_policy
 from finetune_operator.render.pod import render_pod
-from tests.operator.documents import RECIPE, SCRIPT, a_job
+from finetune_operator.render.profile import with_profile_of
+from finetune_operator.settings import Profile
+from finetune_operator.views import pod_view
+from tests.api import strategies
+from tests.operator.documents import RECIPE, SCRIPT, a_job, job_body
 from tests.operator.documents import settings as administrator
 from tests.operator.restricted import violations
 from tests.operator.story import document
@@ -39,6 +44,10 @@ def test_a_whole_pod() -> None:
           finetune.dev/job-uid: aaaaabbb-0000-4000-8000-000000000001
           finetune.dev/rank: "1"
           finetune.dev/generation: "3"
+        annotations:
+          finetune.dev/profile: >-
+            {"default": {"environment": {}, "gpuResource": "nvidia.com/gpu", "image": "registry.example/finetune-trainer:0.1.0",
+            "imagePullSecrets": [], "nodeSelector": {}, "resources": {}, "sharedMemory": "1Gi", "tolerations": []}}
         ownerReferences:
         - apiVersion: finetune.dev/v1alpha1
           kind: FineTuneJob
@@ -142,7 +151,10 @@ def test_what_a_profile_says_is_in_the_pod() -> None:
       imagePullSecrets: [{name: registry}]
     """)
     assert trainer["imagePullPolicy"] == "Always"
-    assert trainer["resources"]["limits"] == {"cpu": "1", "memory": str(12 * 2**30), "nvidia.com/gpu": "4"}
+    assert trainer["resources"]["requests"] == trainer["resources"]["limits"]
+    assert trainer["resources"]["limits"] == document("""
+      {cpu: "1", memory: "12884901888", nvidia.com/gpu: "4", rdma/hca: "4", hugepages-2Mi: 1Gi}
+    """)
     names = {variable["name"]: variable.get("value") for variable in trainer["env"]}
     assert names["NCCL_SOCKET_IFNAME"] == "eth0"
     assert "DS_ACCELERATOR" not in names, "there are GPUs"
@@ -275,61 +287,43 @@ def test_the_trainer_reads_the_recipe_that_the_user_wrote() -> None:
     )
 
 
-# What holds for every job.
+# What holds for every job that the API accepts, and every profile that the settings do.
 
-texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=20)
-names = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", fullmatch=True).filter(contract.is_job_name)
-objects = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
-variables = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,12}", fullmatch=True).filter(
-    lambda name: not contract.is_reserved_environment(name)
-)
-storage = st.fixed_dictionaries(
-    {"uri": st.sampled_from(["s3://bucket", "s3://bucket/some/path"])},
-    optional={"endpoint": st.sampled_from(["http://store.example:8333", "https://s3.example"])},
-) | st.builds(lambda uri, secret: {"uri": uri, "secretName": secret}, st.just("s3://bucket"), objects)
-scripts = st.fixed_dictionaries(
-    {
-        "command": st.lists(texts, min_size=1, max_size=4),
-        "image": st.from_regex(r"[a-z0-9]{1,20}/[a-z0-9]{1,20}:[a-z0-9]{1,9}", fullmatch=True),
-    },
+names = strategies.names.filter(contract.is_job_name)
+objects = strategies.labels_of_dns
+texts = st.dictionaries(st.from_regex(r"[a-z]{1,8}(/[a-z]{1,8})?", fullmatch=True), objects, max_size=3)
+profiles = st.fixed_dictionaries(
+    {"image": st.sampled_from(["train", f"registry.example:5000/train@sha256:{'0' * 64}"])},
     optional={
-        "environment": st.lists(
-            st.fixed_dictionaries({"name": variables, "value": texts}), max_size=4, unique_by=lambda v: v["name"]
-        )
+        "imagePullPolicy": st.sampled_from(["Always", "IfNotPresent", "Never"]),
+        "imagePullSecrets": st.lists(objects, max_size=2),
+        "nodeSelector": texts,
+        "tolerations": st.lists(st.sampled_from([{"operator": "Exists"}, {"key": "gpu", "operator": "Exists"}]), max_size=2),
+        "gpuResource": st.sampled_from(["nvidia.com/gpu", "amd.com/gpu"]),
+        "sharedMemory": strategies.memory.map(str),
+        "priorityClassName": objects,
+        "runtimeClassName": objects,
+        "environment": st.dictionaries(strategies.environment_names | st.sampled_from(["HOME", "LD_LIBRARY_PATH", "AWS_REGION", "NCCL_NET_PLUGIN"]), st.text(max_size=9), max_size=4),
+        "resources": st.dictionaries(st.sampled_from(["rdma/hca", "vpc.amazonaws.com/efa", "hugepages-2Mi"]), st.sampled_from(["1", "32", "5Gi"]), max_size=3),
     },
-)
-workers = st.fixed_dictionaries(
-    {"nodes": st.integers(1, 2048), "profile": st.sampled_from(["default", "fabric"])},
-    optional={
-        "processesPerNode": st.integers(1, 16),
-        "resources": st.fixed_dictionaries({}, optional={
-            "cpu": st.sampled_from(["1", "500m", 4, "0.5"]), "memory": st.sampled_from(["1Gi", "1500M", 2147483648, "0.5Gi"]), "gpus": st.integers(0, 16)}),
-    },
-)  # fmt: skip
+).map(Profile.model_validate)  # fmt: skip
 
 
 @st.composite
-def jobs(draw: st.DrawFn):
-    base = draw(st.sampled_from([RECIPE, SCRIPT]))
-    spec: dict[str, Any] = {"workers": draw(workers), "suspend": draw(st.booleans())}
-    if base is SCRIPT:
-        spec["script"] = draw(scripts)
-        stored = draw(st.none() | storage)
-        spec |= {"storage": stored} if stored else {}
-    else:
-        spec["storage"] = draw(storage)
-    uid = str(draw(st.uuids()))
-    return a_job(json.dumps(spec), base=base, name=draw(names), namespace=draw(objects), uid=uid)
+def jobs(draw: st.DrawFn) -> FineTuneJob:
+    body = job_body(name=draw(names), namespace=draw(objects), uid=str(draw(st.uuids())))
+    spec = draw(strategies.jobs())["spec"]
+    return parse_job(body | {"spec": spec | {"workers": spec.get("workers", {}) | {"profile": "drawn"}}})
 
 
 nodes = st.lists(objects, max_size=16, unique=True).map(tuple)
 places = st.builds(NewPod, st.integers(0, 2047), st.integers(1, 10**8), nodes)
 
 
-@settings(max_examples=100, deadline=None)
-@given(jobs(), places)
-def test_every_pod_of_every_job_passes_the_restricted_standard_and_the_contract(job, place) -> None:
-    pod = render_pod(job, place, administrator())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(jobs(), places, profiles)
+def test_every_pod_of_every_job_passes_the_restricted_standard_and_the_contract(job, place, profile) -> None:
+    pod = render_pod(job, place, administrator().model_copy(update={"profiles": {"drawn": profile}}))
     assert violations(pod) == []
     name = pod["metadata"]["name"]
     assert len(name) <= 63
@@ -346,12 +340,19 @@ def test_every_pod_of_every_job_passes_the_restricted_standard_and_the_contract(
     environment = [variable["name"] for variable in trainer["env"]]
     assert len(environment) == len(set(environment))
     for variable in trainer["env"]:
-        if variable["name"].startswith("AWS_"):
+        if variable["name"] in contract.CREDENTIALS:
             assert variable["valueFrom"].keys() == {"secretKeyRef"}, "credentials are only ever named"
     assert pod["spec"]["automountServiceAccountToken"] is False
     assert trainer["resources"]["requests"] == trainer["resources"]["limits"]
+    asked = job.spec.workers.resources
+    assert trainer["resources"]["limits"]["cpu"] == asked.cpu
+    assert trainer["resources"]["limits"].get(profile.gpu_resource, "0") == str(asked.gpus)
+    assert quantity_value(trainer["resources"]["limits"]["memory"]) >= quantity_value(asked.memory)
     mounted = {mount["name"] for mount in trainer["volumeMounts"]}
     assert mounted <= {volume["name"] for volume in pod["spec"]["volumes"]}
+    pod["metadata"]["uid"] = "as the API server gives it"
+    again = with_profile_of(pod_view(pod), job, administrator())
+    assert again.profiles["drawn"] == profile, "one that joins it is made by the same"
 
 
 @settings(max_examples=30, deadline=None)
@@ -391,8 +392,16 @@ BAD_PODS = {
     "a capability kept": lambda spec: spec["containers"][0].update(securityContext={"allowPrivilegeEscalation": False}),
     "root": lambda spec: spec["securityContext"].update(runAsUser=0),
     "no seccomp profile": lambda spec: spec["securityContext"].pop("seccompProfile"),
+    "a capability of root's": lambda spec: spec["containers"][0].update(securityContext={"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]}}),
+    "a probe of another host": lambda spec: spec["containers"][0].update(livenessProbe={"httpGet": {"host": "198.18.0.1", "port": 80}}),
+    "a hook at another host": lambda spec: spec["containers"][0].update(lifecycle={"preStop": {"tcpSocket": {"host": "198.18.0.1", "port": 80}}}),
+    "the host's processes": lambda spec: spec.update(hostPID=True),
+    "an unsafe sysctl": lambda spec: spec["securityContext"].update(sysctls=[{"name": "kernel.msgmax", "value": "1"}]),
+    "an unmasked /proc": lambda spec: spec["containers"][0]["securityContext"].update(procMount="Unmasked"),
+    "a label of SELinux": lambda spec: spec["initContainers"][0]["securityContext"].update(seLinuxOptions={"type": "spc_t"}),
+    "root in one container": lambda spec: spec["initContainers"][0]["securityContext"].update(runAsUser=0),
     "a port of the host": lambda spec: spec["containers"][0].update(ports=[{"containerPort": 1, "hostPort": 1}]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("spoil", BAD_PODS.values(), ids=BAD_PODS.keys())

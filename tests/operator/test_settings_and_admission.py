@@ -38,6 +38,21 @@ WRONG = {
         SETTINGS.partition("profiles")[0] + "profiles: {default: {image: x, sharedMemory: 1GiB}}",
         "sharedMemory",
     ),
+    "a profile that replaces what jobs ask for": (
+        SETTINGS.partition("profiles")[0]
+        + "profiles: {default: {image: x, gpuResource: amd.com/gpu, resources: {memory: 1Gi, amd.com/gpu: '1'}}}",
+        "amd.com/gpu, memory is for the job to ask for",
+    ),
+    "a device of which there is no number": (
+        SETTINGS.partition("profiles")[0] + "profiles: {default: {image: x, resources: {rdma/hca: some}}}",
+        "profiles.default.resources.rdma/hca",
+    ),
+    "a profile that speaks for the operator": (
+        SETTINGS.partition("profiles")[0]
+        + "profiles: {default: {image: x, environment: {FINETUNE_POD_UID: x, AWS_ACCESS_KEY_ID: x, AWS_REGION: x}}}",
+        "environment: AWS_ACCESS_KEY_ID, FINETUNE_POD_UID is set by the operator",
+    ),
+    "a range of addresses to ask for names that is none": (SETTINGS + "\ndnsCidrs: [169.254.20.10/33]", "dnsCidrs"),
     "a range of addresses that is none": (SETTINGS + "\nstorageCidrs: [10.0.0.0/33]", "storageCidrs"),
     "a range of addresses with host bits": (SETTINGS + "\nstorageCidrs: [10.0.0.1/8]", "storageCidrs"),
     "a prefix to resume from that is none": (
@@ -107,6 +122,32 @@ def test_what_may_not_start(spec: str, problem: tuple[str, str]) -> None:
 def test_amazon_is_not_allowed_unless_the_administrator_says_so() -> None:
     found = find_problem(a_job("storage: {uri: s3://bucket}"), settings("allowedEndpoints: []"))
     assert found.message == "spec.storage.endpoint: amazon-s3 is not allowed here; allowed: none"
+
+
+def test_a_profile_may_narrow_where_its_jobs_store() -> None:
+    narrow = settings("""
+      profiles:
+        default: {image: a}
+        fabric: {image: a, allowedEndpoints: ["https://elsewhere.example", amazon-s3]}
+        offline: {image: a, allowedEndpoints: []}
+    """)
+    amazon, store = "storage: {uri: s3://bucket}", "storage: {uri: s3://bucket, endpoint: 'http://store.example:8333'}"
+    messages = {
+        (profile, at): found.message
+        for profile in ("default", "fabric", "offline")
+        for at, spec in (("amazon", amazon), ("store", store))
+        if (found := find_problem(a_job(f"workers: {{profile: {profile}}}\n{spec}"), narrow))
+    }
+    said = "spec.storage.endpoint: {} is not allowed for jobs with profile '{}'; allowed: {}"
+    assert messages == {
+        ("fabric", "store"): said.format("http://store.example:8333", "fabric", "amazon-s3"),
+        ("offline", "amazon"): said.format("amazon-s3", "offline", "none"),
+        ("offline", "store"): said.format("http://store.example:8333", "offline", "none"),
+    }
+    elsewhere = "workers: {profile: fabric}\nstorage: {uri: s3://bucket, endpoint: 'https://elsewhere.example'}"
+    assert find_problem(a_job(elsewhere), narrow) is not None, (
+        "a profile allows nothing that the administrator does not"
+    )
 
 
 # The job is team-a's and stores its own at s3://checkpoints/team-a/team-a/.

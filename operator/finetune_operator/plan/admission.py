@@ -27,11 +27,16 @@ def _unknown_profile(spec: FineTuneJobSpec, settings: Settings) -> Problem | Non
 def _endpoint_not_allowed(spec: FineTuneJobSpec, settings: Settings) -> Problem | None:
     if spec.storage is None:
         return None
-    endpoint = spec.storage.endpoint or AMAZON_S3
-    if endpoint in settings.allowed_endpoints:
+    endpoint, profile = spec.storage.endpoint or AMAZON_S3, spec.workers.profile
+    of_profile = settings.profiles[profile].allowed_endpoints
+    allowed = [one for one in settings.allowed_endpoints if of_profile is None or one in of_profile]
+    if endpoint in allowed:
         return None
-    allowed = ", ".join(settings.allowed_endpoints) or "none"
-    return Problem("EndpointNotAllowed", f"spec.storage.endpoint: {endpoint} is not allowed here; allowed: {allowed}")
+    where = "here" if of_profile is None else f"for jobs with profile {profile!r}"
+    return Problem(
+        "EndpointNotAllowed",
+        f"spec.storage.endpoint: {endpoint} is not allowed {where}; allowed: {', '.join(allowed) or 'none'}",
+    )
 
 
 def _resume_from_not_allowed(job: FineTuneJob, settings: Settings) -> Problem | None:

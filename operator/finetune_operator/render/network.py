@@ -13,6 +13,7 @@ from finetune_operator.render.names import child_metadata, child_name
 from finetune_operator.settings import Settings
 
 LINK_LOCAL = (ip_network("169.254.0.0/16"), ip_network("fe80::/10"))
+NAMESPACE_LABEL = "kubernetes.io/metadata.name"  # the API server's own, on every namespace
 OPERATOR_SELECTOR = {"app.kubernetes.io/name": contract.MANAGER}
 
 
@@ -29,7 +30,7 @@ def render_network_policy(job: FineTuneJob, settings: Settings) -> KubeObject:
             "ingress": [{"from": [own]}],
             "egress": [
                 {"to": [own]},
-                {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
+                _names(settings),
                 _job_server(settings),
                 *_store(job, settings),
             ],
@@ -37,11 +38,20 @@ def render_network_policy(job: FineTuneJob, settings: Settings) -> KubeObject:
     }
 
 
+def _names(settings: Settings) -> KubeObject:
+    """Return the rule for DNS. Without a list of peers it allows every place: a range of addresses need not cover pods everywhere."""
+    ports = [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]
+    if not settings.dns_cidrs:
+        return {"ports": ports}
+    cluster = {"namespaceSelector": {"matchLabels": {NAMESPACE_LABEL: "kube-system"}}}
+    return {"to": [cluster, *({"ipBlock": {"cidr": cidr}} for cidr in settings.dns_cidrs)], "ports": ports}
+
+
 def _job_server(settings: Settings) -> KubeObject:
     return {
         "to": [
             {
-                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.namespace}},
+                "namespaceSelector": {"matchLabels": {NAMESPACE_LABEL: settings.namespace}},
                 "podSelector": {"matchLabels": OPERATOR_SELECTOR},
             }
         ],

@@ -4,8 +4,8 @@ Each passes the Pod Security Standard "restricted", holds no right to the Kubern
 image: an init container copies it out of the operator's own image, so any image with Python and PyTorch will do. Images that expect to be
 root find a writable HOME, a user name and cache folders.
 
-A pod that takes a place beside others has their images, whatever the operator and its profiles have become meanwhile: one gang runs one agent
-and one trainer. A gang that starts without a pod gets the newest.
+A pod that takes a place beside others has their images and their profile, whatever the operator and its settings have become meanwhile: one gang
+runs one agent and one trainer, on machines of one kind. A gang that starts without a pod gets the newest.
 """
 
 from finetune_api import contract
@@ -15,6 +15,7 @@ from finetune_api.recipe import Recipe
 from finetune_operator.kube_object import KubeObject
 from finetune_operator.plan.observation import NewPod
 from finetune_operator.render.names import child_metadata, child_name, job_labels, pod_name
+from finetune_operator.render.profile import snapshot
 from finetune_operator.settings import Profile, Settings
 from finetune_operator.views import PodView
 
@@ -31,7 +32,8 @@ def render_pod(job: FineTuneJob, place: NewPod, settings: Settings, peer: PodVie
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": child_metadata(job, pod_name(job, place.rank, place.generation), labels),
+        "metadata": child_metadata(job, pod_name(job, place.rank, place.generation), labels)
+        | {"annotations": {contract.PROFILE_ANNOTATION: snapshot(job.spec.workers.profile, profile)}},
         "spec": {
             "restartPolicy": "OnFailure",
             "terminationGracePeriodSeconds": GRACE_SECONDS,
@@ -139,7 +141,8 @@ def _resources(job: FineTuneJob, profile: Profile) -> dict[str, str]:
     asked = job.spec.workers.resources
     in_memory = [profile.shared_memory, staging_memory(job) or "0"]
     resources = {"cpu": asked.cpu, "memory": total_bytes(asked.memory, *in_memory)}
-    return resources | ({profile.gpu_resource: str(asked.gpus)} if asked.gpus else {})
+    gpus = {profile.gpu_resource: str(asked.gpus)} if asked.gpus else {}
+    return profile.resources | resources | gpus
 
 
 def staging_memory(job: FineTuneJob) -> str | None:
