@@ -117,6 +117,11 @@ def is_job_name(name: str) -> bool:
     return len(name) <= JOB_NAME_LIMIT and re.match(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?\Z", name) is not None
 
 
+def job_prefix(storage_uri: str, namespace: str, name: str, uid: str) -> str:
+    """Return the ``s3://`` prefix that a job writes under, and nowhere else."""
+    return storage_uri + "/" + namespace + "/" + name + "-" + uid[:8]
+
+
 def is_reserved_environment(name: str) -> bool:
     """Tell whether an environment variable belongs to the operator, torchrun or the administrator."""
     return (
