@@ -5,6 +5,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -126,9 +127,10 @@ class Jobs:
             seconds = WATCH_SECONDS if until is None else max(1, min(WATCH_SECONDS, int(until - time.monotonic()) + 1))
             began = time.monotonic()
             try:
-                for newer in self._watch(job, seconds):
-                    job, heard_at = newer, time.monotonic()
-                    yield job
+                with suppress(NoCluster):  # a watch may break off at any time; the look behind it tells whether anybody is there
+                    for newer in self._watch(job, seconds):
+                        job, heard_at = newer, time.monotonic()
+                        yield job
                 job, heard_at = self.get(name), time.monotonic()
             except NoCluster:
                 if time.monotonic() - heard_at > PATIENCE_SECONDS:

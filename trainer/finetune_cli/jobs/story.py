@@ -59,8 +59,8 @@ def show_status(job: Job, now: datetime) -> None:
         f"{job.namespace}/{job.name}: {phase or 'not seen by the operator yet'}",
         style=STYLES.get(phase, "") if phase else "",
     )
-    ready = job.condition(ConditionType.READY)
-    if ready is not None:
+    ready, wrong = job.condition(ConditionType.READY), troubles(job)
+    if ready is not None and ready.message not in [trouble.condition.message for trouble in wrong]:
         say(ready.message)
     if phase is not None and not job.is_seen:
         say("the operator has not looked at the newest change of its spec yet")
@@ -69,7 +69,7 @@ def show_status(job: Job, now: datetime) -> None:
         say("")
     for label, text in facts:
         say(f"{label:<{LABEL_WIDTH}}{text}")
-    for trouble in troubles(job):
+    for trouble in wrong:
         _show_trouble(trouble, now)
     _show_attempts(job, now)
 
@@ -84,7 +84,7 @@ def _facts(job: Job, now: datetime) -> Iterator[tuple[str, str]]:
         values = ", ".join(f"{metric.name} {metric.value}" for metric in status.evaluation.metrics)
         yield "Evaluated", f"step {status.evaluation.step}: {values}"
     yield from _saved(job, now)
-    if status.gang is not None:
+    if status.gang is not None and not job.is_final:
         yield "Gang", _gang(job)
     yield from _cost(job)
     if status.completion_time is not None:
@@ -128,7 +128,7 @@ def _trained(job: Job) -> str:
 def _gang(job: Job) -> str:
     gang = job.status.gang
     assert gang is not None
-    spares = f", {gang.spares} spare{'' if gang.spares == 1 else 's'} stand by" if gang.spares is not None else ""
+    spares = f", spares standing by: {gang.spares}" if gang.spares is not None else ""
     avoided = ", ".join(f"{node.node} ({node.reason})" for node in gang.avoid_nodes)
     return f"attempt {gang.generation}, {gang.ready} of {gang.nodes} nodes run{spares}" + (
         f"; keeps away from {avoided}" if avoided else ""
