@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -67,6 +67,10 @@ def standing_in(folder: Path) -> Iterator[StandIn]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            with suppress(ConnectionError):  # whoever asked has gone
+                self._answer()
+
+        def _answer(self) -> None:
             url = urlsplit(self.path)
             answer = stand_in.next(url.path, dict(parse_qsl(url.query)))
             self.send_response(answer.status)

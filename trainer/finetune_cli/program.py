@@ -1,7 +1,5 @@
 """Runs a command line, and turns every end into one line on stderr and an exit code."""
 
-import os
-import sys
 from collections.abc import Sequence
 
 import typer
@@ -11,7 +9,6 @@ from finetune_cli.output import fail
 from finetune_trainer.errors import TrainingError
 
 INTERRUPTED = 130
-NOBODY_READS = 141  # what a shell reports of a program that SIGPIPE has ended
 
 
 def run_program(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
@@ -25,9 +22,6 @@ def run_program(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
         fail(error.format_message())
     except (typer.TyperException, TrainingError) as error:
         fail(str(error))
-    except BrokenPipeError:  # `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
-        return NOBODY_READS
     except OSError as error:
         fail(f"{error.filename or 'this machine'}: {error.strerror}")
     except (KeyboardInterrupt, typer.Abort):

@@ -127,7 +127,9 @@ class Jobs:
             seconds = WATCH_SECONDS if until is None else max(1, min(WATCH_SECONDS, int(until - time.monotonic()) + 1))
             began = time.monotonic()
             try:
-                with suppress(NoCluster):  # a watch may break off at any time; the look behind it tells whether anybody is there
+                with suppress(
+                    NoCluster
+                ):  # a watch may break off at any time; the look behind it tells whether anybody is there
                     for newer in self._watch(job, seconds):
                         job, heard_at = newer, time.monotonic()
                         yield job

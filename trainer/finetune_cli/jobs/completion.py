@@ -18,4 +18,4 @@ def job_names(context: typer.Context, incomplete: str) -> list[str]:
 
 def reasons(incomplete: str) -> list[str]:
     """Return the reasons that are explained."""
-    return [name for name in REASONS if name.lower().startswith(incomplete.lower())]
+    return [name for name in REASONS if name.startswith(incomplete)]
