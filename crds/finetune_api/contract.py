@@ -81,6 +81,9 @@ RESERVED_ENVIRONMENT = (
 RESERVED_ENVIRONMENT_PREFIXES = ("FINETUNE_", "AWS_", "KUBEFLOW_TRAINER_", "KUBERNETES_", "TORCHELASTIC_", "PET_")
 RESERVED_ENVIRONMENT_PATTERN = "NCCL_.*_PLUGIN"
 
+# What an agent writes into its pod's log when a generation begins or ends there: lines from then on are that one's.
+GENERATION_LINE = "generation %d is %s"
+
 # The job server, which agents talk to.
 JOB_SERVER_PORT = 9443
 TOKEN_AUDIENCE = "job-server." + GROUP

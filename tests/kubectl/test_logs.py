@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-
 import pytest
 
 from finetune_cli.jobs import reading
-from finetune_client import ClientError
-from finetune_client.logs import EVER, NEVER, Pod, Span, parse_line, span_of
+from finetune_client.logs import Pod, chosen, parse_line
 from tests.kubectl.command import finetune
 from tests.kubectl.jobs import RUNNING, SUCCEEDED, UID, a_job, gang, job_body
 from tests.kubectl.stand_in import Answer, StandIn, document, listing, refusal
 
 JOB = "/apis/finetune.dev/v1alpha1/namespaces/team-a/finetunejobs/sentiment"
 PODS = "/api/v1/namespaces/team-a/pods"
+AGENT = "finetune-agent: generation"
 POD = Pod("a", "uid-a", 0, "", restarted=False)
 
 
@@ -42,11 +40,12 @@ def job(stand_in: StandIn) -> StandIn:
     stand_in.on(PODS, listing(pod("b", 1), pod("a", 0)))
     stand_in.on(
         f"{PODS}/a/log",
-        log("11:05:00.1Z [rank 0] one", "11:25:00.123456789Z the agent says", "11:45:00Z [rank 0] three", "11:46:00Z [rank 0] four"),
+        log("11:05:00.1Z [rank 0] one", f"11:25:00.123456789Z {AGENT} 2 is Running", "11:26:00Z [rank 0] two", "11:46:00Z [rank 0] three"),
     )  # fmt: skip
     stand_in.on(
-        f"{PODS}/b/log", log("13:05:00.2+02:00 [rank 1] one", "11:24:59Z [rank 1] two", "11:45:00.5Z [rank 1]  three")
-    )
+        f"{PODS}/b/log",
+        log(f"11:00:01Z {AGENT} 1 is Running", "13:05:00.2+02:00 [rank 1] one", f"11:24:59Z {AGENT} 2 is Running", "11:24:59.5Z [rank 1]  two", f"11:45:00.5Z {AGENT} 3 is Running"),
+    )  # fmt: skip
     return stand_in
 
 
@@ -54,39 +53,40 @@ def test_all_ranks_in_the_order_of_their_times(job: StandIn):
     ran = finetune(job.kubeconfig, "logs", "sentiment")
     assert (ran.code, ran.stderr) == (0, "")
     assert ran.stdout.splitlines() == [
+        f"[node 1] {AGENT} 1 is Running",
         "[rank 0] one",
         "[rank 1] one",
-        "[rank 1] two",
-        "[node 0] the agent says",
+        f"[node 1] {AGENT} 2 is Running",
+        "[rank 1]  two",
+        f"[node 0] {AGENT} 2 is Running",
+        "[rank 0] two",
+        f"[node 1] {AGENT} 3 is Running",
         "[rank 0] three",
-        "[rank 1]  three",
-        "[rank 0] four",
     ]
     assert job.asked[1] == (PODS, {"limit": "500", "labelSelector": f"finetune.dev/job-uid={UID}"})
     assert job.asked[2] == (f"{PODS}/a/log", {"container": "trainer", "timestamps": "true"})
 
 
 def test_one_rank_without_a_mark(job: StandIn):
-    assert finetune(job.kubeconfig, "logs", "sentiment", "--rank", "1").stdout == "one\ntwo\n three\n"
+    assert finetune(job.kubeconfig, "logs", "sentiment", "--rank", "1").stdout == "one\n two\n"
 
 
 def test_one_attempt_and_why_it_ended(job: StandIn):
-    ran = finetune(job.kubeconfig, "logs", "sentiment", "--attempt", "2")
-    assert ran.stdout.splitlines() == ["[rank 1] two", "[node 0] the agent says"]
+    ran = finetune(job.kubeconfig, "logs", "sentiment", "--attempt", "2", "--rank", "1")
+    assert ran.stdout == " two\n"
     assert ran.stderr.startswith("attempt 2 ended: WorkerFailed: rank 0 ended with exit code 1")
 
 
-def test_the_newest_lines_of_each_pod_that_are_wanted(job: StandIn):
-    assert finetune(job.kubeconfig, "logs", "sentiment", "--tail", "1").stdout == "[rank 1]  three\n[rank 0] four\n"
-    assert finetune(job.kubeconfig, "logs", "sentiment", "--tail", "1", "--rank", "0").stdout == "four\n"
-
-
-def test_an_attempt_that_is_not_known(job: StandIn):
+def test_an_attempt_of_which_nothing_is_left(job: StandIn):
     ran = finetune(job.kubeconfig, "logs", "sentiment", "--attempt", "9")
-    assert (ran.code, ran.stderr) == (
-        2,
-        "error: sentiment: attempt 9 is not among those that status tells of: 1, 2, 3\n",
-    )
+    assert (ran.code, ran.stdout) == (0, "")
+    assert ran.stderr == "nothing of it is left in the pods that are there\n"
+
+
+def test_the_newest_lines_of_each_pod_that_are_wanted(job: StandIn):
+    ran = finetune(job.kubeconfig, "logs", "sentiment", "--tail", "1")
+    assert ran.stdout.splitlines() == [f"[node 1] {AGENT} 3 is Running", "[rank 0] three"]
+    assert finetune(job.kubeconfig, "logs", "sentiment", "--tail", "1", "--rank", "1").stdout == " two\n"
 
 
 def test_what_a_container_said_before_it_was_started_again_comes_first(job: StandIn):
@@ -99,7 +99,7 @@ def test_a_pod_whose_container_has_not_started_is_told_and_the_others_are_read(j
     job.on(f"{PODS}/a/log", refusal(400, 'container "trainer" in pod "a" is waiting to start: PodInitializing'))
     ran = finetune(job.kubeconfig, "logs", "sentiment")
     assert ran.code == 0
-    assert ran.stdout.splitlines() == ["[rank 1] one", "[rank 1] two", "[rank 1]  three"]
+    assert [line for line in ran.stdout.splitlines() if "rank" in line] == ["[rank 1] one", "[rank 1]  two"]
     assert ran.stderr == 'pod a has no log: container "trainer" in pod "a" is waiting to start: PodInitializing\n'
 
 
@@ -137,27 +137,28 @@ def test_lines_as_they_come(line: str, rank: int | None, text: str):
     assert (parsed.rank, parsed.text) == (rank, text)
 
 
-def at(time: str) -> datetime:
-    return datetime.fromisoformat(f"2026-01-01T{time}Z")
+def generations(*texts: str, attempt: int) -> list[str]:
+    lines = [parse_line(f"2026-01-01T11:00:00Z {text}", POD) for text in texts]
+    return [line.text for line in chosen(lines, rank=None, attempt=attempt)]
 
 
-def test_an_attempt_lasts_from_its_start_until_the_next_ones():
-    job = a_job(RUNNING)
-    assert span_of(job, 1) == Span(at("11:01:00"), at("11:21:00"))
-    assert span_of(job, 2) == Span(at("11:21:00"), at("11:40:00"))
-    assert span_of(job, 3) == Span(at("11:40:00"), NEVER)
+# id: (the log of a pod, by attempt what of it belongs there)
+ATTEMPTS = {
+    "what comes before the first belongs to it": (
+        ["hello", f"{AGENT} 2 is Running", "[rank 0] a", f"{AGENT} 2 is Failed", "[rank 0] z", f"{AGENT} 3 is Running", "[rank 0] b"],
+        {1: [], 2: ["hello", f"{AGENT} 2 is Running", "a", f"{AGENT} 2 is Failed", "z"], 3: [f"{AGENT} 3 is Running", "b"]},
+    ),
+    "a worker that speaks like an agent is none": (
+        [f"{AGENT} 1 is Running", "[rank 0] generation 7 is Running", "[rank 0] a"],
+        {1: [f"{AGENT} 1 is Running", "generation 7 is Running", "a"], 7: []},
+    ),
+    "a pod that never began has none": (["hello", "waiting"], {1: []}),
+}  # fmt: skip
 
 
-def test_an_attempt_that_never_was_complete_lasts_from_the_end_of_the_one_before():
-    attempts = [
-        {"generation": 4, "endTime": "2026-01-01T11:10:00Z", "reason": "GaveWay"},
-        {"generation": 5, "endTime": "2026-01-01T11:30:00Z", "reason": "GaveWay"},
-    ]
-    job = a_job(RUNNING | {"attempts": attempts, "gang": gang(6)})
-    assert span_of(job, 4) == Span(EVER, at("11:40:00"))
-    assert span_of(job, 5) == Span(at("11:10:00"), at("11:40:00"))
-    with pytest.raises(ClientError, match="attempt 1 is not among"):
-        span_of(job, 1)
+@pytest.mark.parametrize(("texts", "by_attempt"), ATTEMPTS.values(), ids=ATTEMPTS.keys())
+def test_an_attempt_is_what_follows_the_agents_word_that_it_begins(texts: list[str], by_attempt: dict[int, list[str]]):
+    assert {attempt: generations(*texts, attempt=attempt) for attempt in by_attempt} == by_attempt
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Which lines of which pods belong to a rank, or to an attempt.
 
-A pod lives through several incarnations of its gang, so its log has all of them, one after the other, and an attempt is cut out by time:
-from when its members were committed until those of the next one were. A pod that was replaced has taken its log with it.
+A pod lives through several incarnations of its gang, so its log has all of them, one after the other. Its agent says when one begins, and lines
+from then on are that one's; the times in status are too coarse for a gang that starts again within a second. A pod that was replaced has taken
+its log with it.
 
 The agent writes ``[rank N] `` before each line of a worker; what has no such mark is the agent's own. Pods stamp lines with the clocks of
 their nodes, so lines of different nodes are in order as far as those agree.
@@ -9,7 +10,7 @@ their nodes, so lines of different nodes are in order as far as those agree.
 
 import heapq
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -19,7 +20,8 @@ from finetune_client.errors import ClientError
 from finetune_client.job import Job
 
 _RANK = re.compile(r"\[rank (\d+)\] ")
-EVER, NEVER = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+_GENERATION = re.compile(contract.GENERATION_LINE.replace("%d", r"(\d+)").replace("%s", r"\w+") + r"\Z")
+EVER = datetime.min.replace(tzinfo=UTC)
 
 
 class TooEarly(ClientError):
@@ -61,14 +63,6 @@ class Line:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """From a time on, until right before another."""
-
-    start: datetime = EVER
-    end: datetime = NEVER
-
-
 def parse_line(line: str, pod: Pod) -> Line:
     """Return a line that the kubelet has stamped. One without a stamp is a word of the kubelet's own."""
     stamp, _, text = line.partition(" ")
@@ -85,27 +79,24 @@ def merged(logs: Iterable[Iterable[Line]]) -> Iterator[Line]:
     return heapq.merge(*logs, key=lambda line: line.time)
 
 
-def span_of(job: Job, attempt: int) -> Span:
-    """Return when an attempt (the number of its generation) was.
-
-    Raises:
-        ClientError: the job has no such attempt, or no longer says when it was.
-    """
-    starts = {ended.generation: ended.start_time for ended in job.status.attempts}
-    if job.status.gang is not None:
-        starts.setdefault(job.status.gang.generation, job.status.gang.start_time)
-    if attempt not in starts:
-        known = ", ".join(str(generation) for generation in sorted(starts)) or "none"
-        raise ClientError(f"{job.name}: attempt {attempt} is not among those that status tells of: {known}")
-    before = [ended.end_time for ended in job.status.attempts if ended.generation < attempt]
-    after = [start for generation, start in sorted(starts.items()) if generation > attempt and start]
-    start = starts[attempt] or (before[-1] if before else None)
-    return Span(
-        datetime.fromisoformat(start) if start else EVER,
-        datetime.fromisoformat(after[0]) if after else NEVER,
-    )
+def chosen(lines: Iterable[Line], *, rank: int | None, attempt: int | None) -> Iterator[Line]:
+    """Yield the lines of one pod that belong to a rank and to an attempt (the number of its generation); None: to any."""
+    for line in lines if attempt is None else _of_attempt(lines, attempt):
+        if rank is None or line.rank == rank:
+            yield line
 
 
-def wanted(rank: int | None, span: Span) -> Callable[[Line], bool]:
-    """Return the test for lines of a rank (None: of all, and of the agents) in a span."""
-    return lambda line: (rank is None or line.rank == rank) and span.start <= line.time < span.end
+def _of_attempt(lines: Iterable[Line], attempt: int) -> Iterator[Line]:
+    """What a pod says before its first attempt belongs to that."""
+    before: list[Line] | None = []
+    current = 0
+    for line in lines:
+        said = _GENERATION.search(line.text) if line.rank is None else None
+        current = int(said[1]) if said else current
+        if before is not None and not current:
+            before.append(line)
+            continue
+        if current == attempt:
+            yield from before or ()
+            yield line
+        before = None

@@ -1,6 +1,7 @@
 """The commands of ``kubectl finetune``: options in, an answer and an exit code out. What they do stands in the files beside."""
 
 import difflib
+import functools
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from finetune_cli.jobs.story import show_status, status_to_json
 from finetune_cli.jobs.times import age
 from finetune_cli.output import Output, fail, say, show_json, show_table, tell
 from finetune_client import Goal, Job, Jobs, Manifest, Refused, read_manifests
-from finetune_client.logs import Span, span_of, wanted
+from finetune_client.logs import chosen
 
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
@@ -143,15 +144,14 @@ def logs(
 ) -> None:
     """Print what the ranks have printed, in the order of time. A pod that was replaced has taken its log with it."""
     job = jobs.get(name)
-    is_wanted = wanted(rank, Span() if attempt is None else span_of(job, attempt))
+    choose = functools.partial(chosen, rank=rank, attempt=attempt)
     if follow:
-        Follower(jobs, job, is_wanted=is_wanted, tail=tail, tagged=rank is None).show()
+        Follower(jobs, job, choose=choose, tail=tail, tagged=rank is None).show()
         return
-    show_logs(jobs, job, is_wanted=is_wanted, tail=tail, tagged=rank is None)
-    if attempt is not None:
-        for ended in job.status.attempts:
-            if ended.generation == attempt:
-                tell(f"attempt {attempt} ended: {ended.reason}: {ended.message}")
+    show_logs(jobs, job, choose=choose, tail=tail, tagged=rank is None)
+    for ended in job.status.attempts:
+        if ended.generation == attempt:
+            tell(f"attempt {attempt} ended: {ended.reason}: {ended.message}")
 
 
 @on_cluster
@@ -218,6 +218,8 @@ def checkpoints(
     from finetune_cli.checkpoints.commands import app  # boto3 takes a while, and only this command needs it
 
     name, at, step = target.partition("@")
+    if at and not step.isdecimal():
+        raise CannotTell(f"{step!r} is no step: write {name}, or {name}@100")
     job = Jobs.connect(namespace=namespace, context=context, kubeconfig=kubeconfig).get(name)
     if job.prefix is None:
         raise CannotTell(f"{name} has no spec.storage: the checkpoints of a script are its own")

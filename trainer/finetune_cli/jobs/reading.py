@@ -21,10 +21,10 @@ from finetune_client.logs import EVER, Line, Pod, TooEarly, merged
 
 MOST_PODS = 256
 COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
-Wanted = Callable[[Line], bool]
+Choose = Callable[[Iterable[Line]], Iterable[Line]]
 
 
-def show_logs(jobs: Jobs, job: Job, *, is_wanted: Wanted, tail: int | None, tagged: bool) -> None:
+def show_logs(jobs: Jobs, job: Job, *, choose: Choose, tail: int | None, tagged: bool) -> None:
     """Print what there is; ``tail``: only the newest lines of each pod.
 
     Raises:
@@ -33,13 +33,15 @@ def show_logs(jobs: Jobs, job: Job, *, is_wanted: Wanted, tail: int | None, tagg
     pods = _pods(jobs, job)
     if not pods:
         raise ClientError(f"{job.name} has no pods, and logs go with them; status tells how its attempts ended")
-    for line in merged(_newest(_read(jobs, job, pod), is_wanted, tail) for pod in pods):
+    line = None
+    for line in merged(_newest(choose(_read(jobs, job, pod)), tail) for pod in pods):
         show_line(line, tagged=tagged)
+    if line is None:
+        tell("nothing of it is left in the pods that are there")
 
 
-def _newest(lines: Iterable[Line], is_wanted: Wanted, tail: int | None) -> Iterable[Line]:
-    chosen = filter(is_wanted, lines)
-    return chosen if tail is None else deque(chosen, maxlen=tail)
+def _newest(lines: Iterable[Line], tail: int | None) -> Iterable[Line]:
+    return lines if tail is None else deque(lines, maxlen=tail)
 
 
 def _read(jobs: Jobs, job: Job, pod: Pod) -> Iterable[Line]:
@@ -69,8 +71,8 @@ def show_line(line: Line, *, tagged: bool) -> None:
 class Follower:
     """Prints the logs of a job as they grow."""
 
-    def __init__(self, jobs: Jobs, job: Job, *, is_wanted: Wanted, tail: int | None, tagged: bool) -> None:
-        self._jobs, self._job, self._is_wanted, self._tail, self._tagged = jobs, job, is_wanted, tail, tagged
+    def __init__(self, jobs: Jobs, job: Job, *, choose: Choose, tail: int | None, tagged: bool) -> None:
+        self._jobs, self._job, self._choose, self._tail, self._tagged = jobs, job, choose, tail, tagged
         self._lines: queue.SimpleQueue[Line | ClientError] = queue.SimpleQueue()
         self._readers: dict[str, threading.Thread] = {}
         self._shown: dict[str, datetime] = {}  # by pod: the time of its newest line
@@ -110,7 +112,8 @@ class Follower:
     def _read(self, job: Job, pod: Pod) -> None:
         newest = self._shown.get(pod.uid, EVER)
         try:
-            for line in self._jobs.log(job, pod, follow=True, tail=None if pod.uid in self._shown else self._tail):
+            tail = None if pod.uid in self._shown else self._tail
+            for line in self._choose(self._jobs.log(job, pod, follow=True, tail=tail)):
                 if line.time > newest:
                     self._lines.put(line)
         except (TooEarly, NoCluster):  # the next look begins again
@@ -128,7 +131,6 @@ class Follower:
             if isinstance(line, ClientError):
                 raise line
             self._shown[line.pod.uid] = line.time
-            if self._is_wanted(line):
-                show_line(line, tagged=self._tagged)
+            show_line(line, tagged=self._tagged)
             if self._lines.empty():
                 sys.stdout.flush()
