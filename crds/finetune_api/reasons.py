@@ -34,6 +34,12 @@ GROUPS: tuple[Group, ...] = (
             Reason("Starting", "All pods are there, and the workers are being started.", "Training begins."),
             Reason("Running", "The gang trains.", "It trains to its end."),
             Reason(
+                "Resizing",
+                "workers.nodes asks for more nodes; the gang trains on while their pods are being made.",
+                "When they are there all ranks save, and the next attempt has the new size. No restart is used.",
+                "If it stays: the message says what is missing.",
+            ),
+            Reason(
                 "Suspending",
                 "spec.suspend is true; the pods save and leave.",
                 "When the last one is gone the job is Suspended.",
@@ -260,6 +266,11 @@ GROUPS: tuple[Group, ...] = (
                 "Preempted",
                 "A pod had to go, or was asked to stop, and the workers saved.",
                 "Only that pod is replaced. No restart is used, no step lost.",
+            ),
+            Reason(
+                "Resized",
+                "workers.nodes asks for another number of nodes, and all ranks have saved.",
+                "The next attempt has the new size. No restart is used, no step lost.",
             ),
             Reason(
                 "PortInUse",
