@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.cluster.cluster import Cluster
@@ -62,6 +63,7 @@ class User:
         return self.do("submit", f"{name}.yaml")
 
 
+@pytest.mark.long
 def test_a_recipe_from_its_submission_to_its_model(operator: Cluster, namespace: str, tmp_path: Path) -> None:
     user = User(operator, namespace, tmp_path)
     spec = recipe_spec(operator, steps=800)
@@ -116,6 +118,7 @@ def test_an_attempt_that_failed_is_read_by_its_number(operator: Cluster, namespa
     operator.kubectl("delete", "ftj", "fails-once", "-n", namespace, "--wait")
 
 
+@pytest.mark.long
 def test_a_job_that_fails_is_told_by_the_exit_code_and_explained(
     operator: Cluster, namespace: str, tmp_path: Path
 ) -> None:

@@ -63,6 +63,24 @@ def test_help_tells_the_exit_codes(name: str, capsys: pytest.CaptureFixture[str]
     assert EXIT_CODES in " ".join(capsys.readouterr().out.split())
 
 
+HEAVY = ("torch", "transformers", "deepspeed", "numpy", "boto3", "kopf", "aiohttp", "finetune_operator")
+NAMES_WHAT_IS_HEAVY = f"""
+import sys
+from finetune_cli.kubectl import run
+code = run(sys.argv[1:])
+print(*sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr, end="")
+sys.exit(code)
+"""
+
+
+def test_it_starts_without_what_only_trainer_operator_and_store_need(stand_in: StandIn):
+    stand_in.on(f"{JOBS}/sentiment", document(job_body(RUNNING)))
+    command = [sys.executable, "-c", NAMES_WHAT_IS_HEAVY, "status", "sentiment"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment(stand_in.kubeconfig), check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout
+
+
 # id: (arguments, the whole error)
 MISUSED = {
     "no job": (("status",), "Missing argument 'JOB'."),
