@@ -110,11 +110,24 @@ def test_a_job_without_pods_says_where_to_look(job: StandIn):
     assert "logs go with them; status tells how its attempts ended" in ran.stderr
 
 
-def test_a_log_that_breaks_off_is_an_error(job: StandIn):
-    job.on(f"{PODS}/b/log", Answer(200, ["2026-01-01T11:00:00Z [rank 1] half\n"], breaks=True))
+# id: the log of a pod that cannot be read whole
+UNREADABLE = {
+    "it breaks off": Answer(200, ["2026-01-01T11:00:00Z [rank 1] half\n"], breaks=True),
+    "its node is lost": refusal(500, "Get https://node2:10250/containerLogs: no route to host"),
+}
+
+
+@pytest.mark.parametrize("answer", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_a_log_that_cannot_be_read_whole_is_an_error_and_hides_no_other(answer: Answer, job: StandIn):
+    job.on(f"{PODS}/b/log", answer)
     ran = finetune(job.kubeconfig, "logs", "sentiment")
-    assert (ran.code, ran.stdout.splitlines()[0]) == (2, "[rank 1] half")
-    assert "does not answer" in ran.stderr
+    assert ran.code == 2
+    assert [line for line in ran.stdout.splitlines() if "rank 0" in line] == [
+        "[rank 0] one",
+        "[rank 0] two",
+        "[rank 0] three",
+    ]
+    assert ran.stderr.startswith("error: not all could be read: pod b: the API server")
 
 
 def test_a_spare_has_the_rank_that_it_has_taken():

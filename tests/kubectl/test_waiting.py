@@ -82,6 +82,7 @@ def test_time_runs_out(stand_in: StandIn):
 ENDS = {
     "it ends": Answer(),
     "it breaks off": Answer(200, ['{"type":'], breaks=True),
+    "it ends in the middle of a line": Answer(200, ['{"type":']),
     "its version is too old": watched(("ERROR", {"code": 410})),
     "the server goes": refusal(503, "shutting down"),
 }

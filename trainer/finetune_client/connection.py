@@ -68,7 +68,14 @@ class Connection:
     ) -> Json:
         """Send one request and return the answer."""
         with self._answer(method, path, query, body, content_type) as response:
-            answer: Json = json.loads(response.data)
+            raw = response.data
+        try:
+            answer: Json = json.loads(raw)
+        except ValueError as error:
+            host = self._client.configuration.host
+            raise NoCluster(
+                f"what answers at {host} is no API server: {raw[:100].decode('utf-8', 'replace')}"
+            ) from error
         return answer
 
     def lines(self, path: str, *, query: Mapping[str, str], silent_seconds: float | None = None) -> Iterator[bytes]:

@@ -212,11 +212,14 @@ class Jobs:
             "timeoutSeconds": str(seconds),
         }
         for line in self._connection.lines(self._path(), query=query, silent_seconds=seconds + 10.0):
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:
+                return  # half of one: the server goes
             if event["type"] == "DELETED":
                 raise NotFound(f"{self.namespace}/{job.name} was deleted")
             if event["type"] not in ("ADDED", "MODIFIED"):
-                return  # too old a version, or a server that goes: look again
+                return  # too old a version: look again
             yield Job.read(event["object"])
 
     def _set_suspend(self, name: str, *, wanted: bool) -> Job:

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -65,8 +66,7 @@ def submit(
     seconds = _seconds(timeout)
     manifests = _read(file)
     if dry_run is DryRun.CLIENT:
-        for manifest in manifests:
-            say(f"{manifest.name} is valid")
+        _tell_valid([manifest.name for manifest in manifests], output)
         return
     jobs = Jobs.connect(namespace=namespace, context=context, kubeconfig=kubeconfig)
     for manifest in manifests:
@@ -88,6 +88,13 @@ def _submit(jobs: Jobs, manifest: Manifest, file: str, output: Output, *, dry_ru
     if output is Output.TABLE:
         say(f"{job.namespace}/{job.name} is {'valid' if dry_run else 'submitted'}")
     return job
+
+
+def _tell_valid(names: Sequence[str], output: Output) -> None:
+    if output is Output.JSON:
+        show_json({"valid": list(names)})
+    else:
+        say("\n".join(f"{name} is valid" for name in names))
 
 
 @on_cluster

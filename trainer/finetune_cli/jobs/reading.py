@@ -25,17 +25,19 @@ Choose = Callable[[Iterable[Line]], Iterable[Line]]
 
 
 def show_logs(jobs: Jobs, job: Job, *, choose: Choose, tail: int | None, tagged: bool) -> None:
-    """Print what there is; ``tail``: only the newest lines of each pod.
+    """Print what there is; ``tail``: only the newest lines of each pod. One that cannot be read, on a lost node perhaps, hides no other.
 
     Raises:
-        ClientError: no pod is left, or there are too many to be read together.
+        ClientError: no pod is left, there are too many to be read together, or not all could be read.
     """
     pods = _pods(jobs, job)
     if not pods:
         raise ClientError(f"{job.name} has no pods, and logs go with them; status tells how its attempts ended")
-    line = None
-    for line in merged(_newest(choose(_read(jobs, job, pod)), tail) for pod in pods):
+    line, unread = None, list[str]()
+    for line in merged(_newest(choose(_read(jobs, job, pod, unread)), tail) for pod in pods):
         show_line(line, tagged=tagged)
+    if unread:
+        raise ClientError(f"not all could be read: {'; '.join(unread)}")
     if line is None:
         tell("nothing of it is left in the pods that are there")
 
@@ -44,11 +46,13 @@ def _newest(lines: Iterable[Line], tail: int | None) -> Iterable[Line]:
     return lines if tail is None else deque(lines, maxlen=tail)
 
 
-def _read(jobs: Jobs, job: Job, pod: Pod) -> Iterable[Line]:
+def _read(jobs: Jobs, job: Job, pod: Pod, unread: list[str]) -> Iterable[Line]:
     try:
         yield from jobs.log(job, pod)
     except TooEarly as error:
         tell(str(error))
+    except NoCluster as error:
+        unread.append(f"pod {pod.name}: {error}")
 
 
 def _pods(jobs: Jobs, job: Job) -> Sequence[Pod]:
@@ -75,7 +79,7 @@ class Follower:
         self._jobs, self._job, self._choose, self._tail, self._tagged = jobs, job, choose, tail, tagged
         self._lines: queue.SimpleQueue[Line | ClientError] = queue.SimpleQueue()
         self._readers: dict[str, threading.Thread] = {}
-        self._shown: dict[str, datetime] = {}  # by pod: the time of its newest line
+        self._taken: dict[str, datetime] = {}  # by pod: the time of its newest line; written by its reader alone
         self._answered = time.monotonic()
 
     def show(self) -> None:
@@ -110,12 +114,13 @@ class Follower:
         return ended
 
     def _read(self, job: Job, pod: Pod) -> None:
-        newest = self._shown.get(pod.uid, EVER)
+        newest = self._taken.get(pod.uid, EVER)
         try:
-            tail = None if pod.uid in self._shown else self._tail
+            tail = None if pod.uid in self._taken else self._tail
             for line in self._choose(self._jobs.log(job, pod, follow=True, tail=tail)):
                 if line.time > newest:
                     self._lines.put(line)
+                    self._taken[pod.uid] = line.time
         except (TooEarly, NoCluster):  # the next look begins again
             return
         except ClientError as error:
@@ -130,7 +135,6 @@ class Follower:
                 return
             if isinstance(line, ClientError):
                 raise line
-            self._shown[line.pod.uid] = line.time
             show_line(line, tagged=self._tagged)
             if self._lines.empty():
                 sys.stdout.flush()
