@@ -18,7 +18,7 @@ from finetune_api.reasons import REASONS
 from finetune_cli.jobs.commands import EXIT_CODES, app
 from finetune_cli.kubectl import complete, run
 from tests.kubectl.command import ROOT, environment, finetune_alone
-from tests.kubectl.jobs import RUNNING, SUCCEEDED, job_body
+from tests.kubectl.jobs import PROGRESS, RUNNING, SUCCEEDED, job_body
 from tests.kubectl.stand_in import Answer, StandIn, document, listing, watched
 
 JOBS = "/apis/finetune.dev/v1alpha1/namespaces/team-a/finetunejobs"
@@ -181,11 +181,12 @@ def test_a_terminal_gets_colours_and_a_pipe_or_who_wants_none_does_not(stand_in:
 
 
 def test_who_waits_on_a_terminal_sees_a_bar_and_the_time_that_is_left(stand_in: StandIn):
-    stand_in.on(f"{JOBS}/sentiment", document(job_body(RUNNING)))
-    stand_in.on(f"{JOBS}?watch", watched(("MODIFIED", job_body(RUNNING)), ("MODIFIED", job_body(SUCCEEDED))))
+    in_future = RUNNING | {"progress": PROGRESS | {"estimatedCompletionTime": "2999-01-01T00:00:00Z"}}
+    stand_in.on(f"{JOBS}/sentiment", document(job_body(in_future)))
+    stand_in.on(f"{JOBS}?watch", watched(("MODIFIED", job_body(in_future)), ("MODIFIED", job_body(SUCCEEDED))))
     code, shown = on_terminal(stand_in.kubeconfig, "wait", "sentiment")
     assert code == 0
-    for words in ("━", "36%", "120 of 330 steps", "left", "100%", "team-a/sentiment is complete"):
+    for words in ("━", "36%", "120 of 330 steps", "d left", "100%", "team-a/sentiment is complete"):
         assert words in shown
 
 

@@ -63,7 +63,7 @@ def _steps(job: Job) -> str:
         return ""
     of = f" of {progress.total_steps}" if progress.total_steps else ""
     left = until(progress.estimated_completion_time, datetime.now(UTC)) if not job.is_final else ""
-    return f"{progress.step}{of} steps" + (f", {left} left" if left else "")
+    return f"{progress.step}{of} steps" + (f", {left} left" if left not in ("", "now") else "")
 
 
 def _message(job: Job) -> str:
