@@ -123,6 +123,14 @@ def test_every_reason_is_explained_in_any_case(name: str, capsys: pytest.Capture
     assert document["reason"] == name
 
 
+def test_all_reasons_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert run(["explain"]) == 0
+    shown = capsys.readouterr().out
+    assert [name for name, reason in REASONS.items() if f"{name} " not in shown or reason.meaning not in shown] == []
+    assert run(["explain", "-o", "json"]) == 0
+    assert [reason["reason"] for reason in json.loads(capsys.readouterr().out)["reasons"]] == list(REASONS)
+
+
 # id: (the words after `kubectl finetune`, what is offered, what kubectl's shells do beside)
 COMPLETIONS = {
     "commands": (["s"], ["submit", "status", "suspend"], ":4"),

@@ -250,8 +250,9 @@ def explain(
             show_json({"reasons": [_explained(known) for known in REASONS.values()]})
             return
         for group in GROUPS:
-            say(f"{group.title}. {group.seen}", style="bold")
-            show_table(("", ""), [(f"  {known.name}", known.meaning) for known in group.reasons], wraps="")
+            say(f"{group.title}. {group.seen}\n", style="bold")
+            show_table(("REASON", "MEANING"), [(known.name, known.meaning) for known in group.reasons], wraps="MEANING")
+            say("")
         return
     known = {name.lower(): name for name in REASONS}
     if reason.lower() not in known:
