@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -124,13 +123,24 @@ def test_a_job_is_suspended_and_goes_on(api: ApiServer, job: Json):
     assert "has not looked at the newest change" in command(api, "status", name).stdout
 
 
+def seen_while_waiting(kubeconfig: Path, *arguments: str, then: Callable[[], None]) -> Ran:
+    """Wait for a job in a process of its own; when it has told how the job is, let something happen."""
+    command = [sys.executable, "-m", "finetune_cli.kubectl", "wait", *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(kubeconfig)) as waiting:
+        assert waiting.stderr is not None
+        first = waiting.stderr.readline()
+        then()
+        stdout, stderr = waiting.communicate(timeout=60)
+    return Ran(waiting.returncode, stdout, first + stderr)
+
+
 @pytest.mark.parametrize(("status", "code"), [(SUCCEEDED, 0), (FAILED, 1)], ids=["succeeds", "fails"])
 def test_waiting_ends_with_the_job(status: Json, code: int, api: ApiServer, job: Json):
     write_status(api, job, RUNNING)
-    later = threading.Timer(1.0, write_status, (api, job, status | {"gang": RUNNING["gang"]}))  # its number never falls
-    later.start()
-    ran = finetune_alone(api.kubeconfig, "wait", job["metadata"]["name"], "-n", api.namespace, "--timeout", "60s")
-    later.join()
+    ended = status | {"gang": RUNNING["gang"]}  # its number never falls
+    arguments = (job["metadata"]["name"], "-n", api.namespace, "--timeout", "60s")
+    ran = seen_while_waiting(api.kubeconfig, *arguments, then=lambda: write_status(api, job, ended))
     assert ran.code == code
     phases = [line.split(": ")[1].split(",")[0] for line in ran.stderr.splitlines() if not line.startswith("error")]
     assert phases == ["Running", status["phase"]]
@@ -139,10 +149,8 @@ def test_waiting_ends_with_the_job(status: Json, code: int, api: ApiServer, job:
 def test_waiting_ends_when_the_job_is_deleted_or_the_time_is_over(api: ApiServer):
     created = api.create(recipe_job("deleted"))
     assert command(api, "wait", "deleted", "--timeout", "1s").code == 3
-    later = threading.Timer(1.0, api.delete, (created,))
-    later.start()
-    ran = command(api, "wait", "deleted", "--timeout", "60s")
-    later.join()
+    arguments = ("deleted", "-n", api.namespace, "--timeout", "60s")
+    ran = seen_while_waiting(api.kubeconfig, *arguments, then=lambda: api.delete(created))
     assert (ran.code, ran.stderr.splitlines()[-1]) == (2, f"error: {api.namespace}/deleted was deleted")
 
 
