@@ -16,7 +16,7 @@ export PYTHONPATH := crds:operator:trainer:.
 export DS_ACCELERATOR := cpu
 export OMP_NUM_THREADS := 1
 
-CLUSTER_TESTS := tests/api tests/chart tests/cluster tests/chaos
+CLUSTER_TESTS := tests/api tests/kubectl tests/chart tests/cluster tests/chaos
 
 .PHONY: help venv demo demo-down test test-fast test-long test-cluster check format generate build bench
 

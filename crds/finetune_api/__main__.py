@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from finetune_api.crd import crd_yaml
+from finetune_api.reasons import troubleshooting_markdown
 from finetune_api.reference import reference_markdown
 
 GENERATED = {
@@ -12,6 +13,7 @@ GENERATED = {
     Path("charts/finetune-crds/files/finetunejobs.finetune.dev.yaml"): crd_yaml,
     Path("charts/finetune-operator/files/finetunejobs.finetune.dev.yaml"): crd_yaml,
     Path("docs/reference/finetunejob.md"): reference_markdown,
+    Path("docs/troubleshooting.md"): troubleshooting_markdown,
 }
 
 

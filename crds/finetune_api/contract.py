@@ -83,6 +83,9 @@ RESERVED_ENVIRONMENT = (
 RESERVED_ENVIRONMENT_PREFIXES = ("FINETUNE_", "AWS_", "KUBEFLOW_TRAINER_", "KUBERNETES_", "TORCHELASTIC_", "PET_")
 RESERVED_ENVIRONMENT_PATTERN = "NCCL_.*_PLUGIN"
 
+# What an agent writes into its pod's log when a generation begins or ends there: lines from then on are that one's.
+GENERATION_LINE = "generation %d is %s"
+
 # The job server, which agents talk to.
 JOB_SERVER_PORT = 9443
 TOKEN_AUDIENCE = "job-server." + GROUP
@@ -118,6 +121,11 @@ class ExitCode(IntEnum):
 def is_job_name(name: str) -> bool:
     """Tell whether a job may have this name: a DNS label that leaves room for the suffixes of pod names."""
     return len(name) <= JOB_NAME_LIMIT and re.match(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?\Z", name) is not None
+
+
+def job_prefix(storage_uri: str, namespace: str, name: str, uid: str) -> str:
+    """Return the ``s3://`` prefix that a job writes under, and nowhere else."""
+    return storage_uri + "/" + namespace + "/" + name + "-" + uid[:8]
 
 
 def is_reserved_environment(name: str) -> bool:

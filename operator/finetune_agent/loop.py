@@ -45,7 +45,7 @@ from finetune_agent.reporting import Access, HttpsJobServer, Orders, Poller, Rep
 from finetune_agent.settings import Settings, read_settings
 from finetune_agent.stub import say
 from finetune_agent.warm_launcher import WarmLauncher
-from finetune_api.contract import MESSAGE_LIMIT
+from finetune_api.contract import GENERATION_LINE, MESSAGE_LIMIT
 from finetune_api.protocol import AgentState, Order
 
 BUG = 70  # sysexits' EX_SOFTWARE; no verdict, so the stub starts another agent
@@ -253,7 +253,7 @@ class Loop:
     def _log(self, state: AgentState, started: int) -> None:
         record = self._agent.record
         if (record.state, record.started) != (state, started):
-            say("generation " + str(record.started) + " is " + record.state.value)
+            say(GENERATION_LINE % (record.started, record.state.value))
 
     def _say_goodbye(self) -> None:
         """Leave the last word where the kubelet, and if it is there the job server, will find it."""

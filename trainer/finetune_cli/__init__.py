@@ -1,1 +1,1 @@
-"""``finetune``: the command line. Needs neither a cluster nor torch; each group of commands is a package of its own."""
+"""``finetune``, which needs no cluster, and ``kubectl-finetune``, which is about one. Neither needs torch; each group of commands is a package."""

@@ -1,9 +1,11 @@
 """How commands answer: one table for people, one JSON document for programs; errors on stderr.
 
-rich leaves out colours and frames nothing where the output is no terminal, and is told not to wrap there either.
+rich leaves out colours and frames nothing where the output is no terminal, and is told not to wrap there either. Messages come from programs
+and files of others, so control characters in them are shown, never sent to the terminal.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 WIDE = 10_000
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -23,9 +26,9 @@ class Output(StrEnum):
     JSON = "json"
 
 
-def say(text: str) -> None:
+def say(text: str, style: str = "") -> None:
     """Print a line for people."""
-    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+    console().print(harmless(text), markup=False, highlight=False, soft_wrap=True, style=style or None)
 
 
 def show_json(document: Any) -> None:
@@ -33,19 +36,29 @@ def show_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
 
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table without frames, as kubectl does."""
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, wraps: str = "") -> None:
+    """Print a table without frames, as kubectl does. On a terminal the column ``wraps`` takes the room that is left."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=column != wraps, overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    _console().print(table, markup=False)
+        table.add_row(*map(harmless, row))
+    console().print(table, markup=False, highlight=False)
 
 
 def fail(message: str) -> None:
     """Print an error as one line on stderr."""
-    Console(stderr=True, soft_wrap=True).print("error: " + " ".join(message.split()), markup=False, highlight=False)
+    tell("error: " + " ".join(message.split()))
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr: no part of the answer."""
+    Console(stderr=True, soft_wrap=True).print(harmless(text), markup=False, highlight=False)
+
+
+def harmless(text: str) -> str:
+    """Return text whose control characters are visible."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def size(number: int) -> str:
@@ -56,5 +69,6 @@ def size(number: int) -> str:
     return f"{number} B" if unit == 0 else f"{value:.1f} {UNITS[unit]}"
 
 
-def _console() -> Console:
+def console() -> Console:
+    """Return what to print on: as wide as the terminal, or, where there is none, as wide as need be."""
     return Console() if sys.stdout.isatty() else Console(width=WIDE)

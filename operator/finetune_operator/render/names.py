@@ -18,7 +18,8 @@ def job_prefix(job: FineTuneJob) -> str | None:
     """Return the ``s3://`` prefix that the job writes under, and nowhere else."""
     if job.spec.storage is None:
         return None
-    return f"{job.spec.storage.uri}/{job.metadata.namespace}/{job.metadata.name}-{job.metadata.uid[:8]}"
+    metadata = job.metadata
+    return contract.job_prefix(job.spec.storage.uri, metadata.namespace, metadata.name, metadata.uid)
 
 
 def job_labels(job: FineTuneJob) -> dict[str, str]:
