@@ -1,4 +1,4 @@
-"""Kubernetes, etcd, CoreDNS, Helm and the pause program, built from pinned Go modules.
+"""Kubernetes, etcd, CoreDNS, Helm, the pause program and actionlint, built from pinned Go modules.
 
 Each component has a module file of its own under ``go/``, since etcd, Helm and Kubernetes want different versions of the same
 modules. A component is built once and kept under the hash of everything that decides about it: module files, sources, flags
@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,12 @@ COMPONENTS = (
 )
 
 
+# No part of the cluster: tests alone use it, and a demo need not wait for it.
+ACTIONLINT = Component(
+    "actionlint", ("github.com/rhysd/actionlint/cmd/actionlint",), ("actionlint",), "about 15 s the first time"
+)
+
+
 @contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
     """Hold a file lock; say so when somebody else holds it, since a silent wait looks like a hang."""
@@ -79,6 +85,15 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
 
 def ensure_binaries() -> dict[str, Path]:
     """Every program of the cluster, built where it is missing: name → path."""
+    return _ensure_all(COMPONENTS)
+
+
+def ensure_actionlint() -> Path:
+    """What lints workflows."""
+    return _ensure_all((ACTIONLINT,))["actionlint"]
+
+
+def _ensure_all(components: Iterable[Component]) -> dict[str, Path]:
     if shutil.which("go") is None:
         raise ClusterError(
             "Go is missing: install Go 1.26 or later (https://go.dev/dl), the cluster is built from source; it is looked for on PATH"
@@ -87,7 +102,7 @@ def ensure_binaries() -> dict[str, Path]:
     release = run(["go", "env", "GOVERSION"]).strip()
     return {
         program: directory / program
-        for component in COMPONENTS
+        for component in components
         for directory in [_ensure(component, release)]
         for program in component.programs
     }
