@@ -49,6 +49,11 @@ def test_a_job_that_has_run_shows_no_drift(
     _the_operator_owns_status_and_nothing_else(again)
     assert kstatus.compute(again) == "Current"
     assert argo.health(again)[0] == "Healthy"
+
+    job.patch({"suspend": True})  # by hand, of a manifest that says nothing of it
+    assert operator.kubectl("diff", *flags, "-f", str(file)) == ""
+    operator.kubectl("apply", *flags, "-f", str(file))
+    assert _stored(job)["spec"]["suspend"] is True
     job.delete()
 
 

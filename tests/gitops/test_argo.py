@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import lupa.lua51
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,6 +77,12 @@ def test_the_actions_that_are_offered_for(changes: dict[str, Any], offered: set[
     job["spec"] |= changes.get("spec", {})
     job["status"] = changes.get("status", job["status"])
     assert argo.actions(job) == offered
+
+
+@pytest.mark.parametrize("program", ["return ('a'):upper()", "return string.len('a')", "return os.time()"])
+def test_a_library_that_argo_does_not_give_is_missed(program: str) -> None:
+    with pytest.raises(lupa.lua51.LuaError, match="attempt to index"):
+        argo._run(program, {})
 
 
 @pytest.mark.parametrize(("action", "suspend"), [("suspend", True), ("resume", False)])
