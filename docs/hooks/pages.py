@@ -12,7 +12,7 @@ from typing import Any
 
 _LOG = logging.getLogger("mkdocs.hooks")
 _LIST_ITEM = re.compile(r"(?:-|\d+\.) ")
-_LINK_OUT = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)\)")
+_LINK_OUT = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)(#[^)]*)?\)")
 
 
 def on_config(config: Any) -> Any:
@@ -44,13 +44,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     root = Path(config.config_file_path).parent
 
     def lead(link: re.Match[str]) -> str:
-        text, target = link.groups()
+        text, target, anchor = link.groups()
         path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), target))
         if path.startswith("docs/"):
             return link.group()
         if not (root / path).exists():
             _LOG.warning("%s links to %s, which is not in the repository", page.file.src_uri, path)
-        return f"[{text}]({config.repo_url}/blob/main/{path})" if config.repo_url else text
+        return f"[{text}]({config.repo_url}/blob/main/{path}{anchor or ''})" if config.repo_url else text
 
     return _with_lists_apart(_LINK_OUT.sub(lead, markdown))
 

@@ -10,6 +10,7 @@ import yaml
 
 from finetune_api.crd import crd_yaml
 from finetune_api.status import ConditionType
+from finetune_operator.settings import Profile
 from tests.docs.pages import ROOT
 
 _STEP = re.compile(r"\.([A-Za-z]+)|\[([^\]]*)\]")
@@ -65,6 +66,8 @@ def chart_values(chart: str = "finetune-operator") -> dict[str, Any]:
 def has_value(path: str, chart: str = "finetune-operator") -> bool:
     """Whether a chart has this value; below an empty map anything may be set, and below a profile what the operator takes."""
     place: Any = chart_values(chart)
+    if profile := re.fullmatch(r"profiles\.\w+\.(\w+)(\..*)?", path):
+        return profile[1] in {field.alias for field in Profile.model_fields.values()}
     for step in path.split("."):
         if place == {}:
             return True

@@ -79,9 +79,29 @@ def commands() -> list[Command]:
     ]:
         for line, output in lines:
             for text in (*_WITHIN.findall(line), _WITHIN.sub("VALUE", line)):
-                words = shlex.split(text, comments=True)
-                found += [Command(block, tuple(words), output)] if words else []
+                found += [Command(block, words, output) for words in _pipeline(text)]
     return found
+
+
+def inline_commands() -> list[Command]:
+    """What kubectl is told in the running text. Other commands are only named there, without what they need."""
+    return [
+        Command(Block(page, 1, "", text), words)
+        for page in PAGES
+        for text in sorted(inline_code(page))
+        if re.match(r"kubectl (?!finetune )\S+ \S", text)
+        for words in _pipeline(text)
+    ]
+
+
+def _pipeline(text: str) -> Iterator[tuple[str, ...]]:
+    words: list[str] = []
+    for word in [*shlex.split(text, comments=True), "|"]:
+        if word != "|":
+            words.append(word)
+        elif words:
+            yield tuple(words)
+            words = []
 
 
 def _typed(block: Block) -> list[tuple[str, tuple[str, ...]]]:

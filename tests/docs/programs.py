@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -17,15 +18,27 @@ import typer
 from finetune_api import contract
 from finetune_api.job import parse_job
 from finetune_api.status import ConditionType
-from finetune_cli.__main__ import app
 from tests.docs import known
 from tests.docs.examples import a_job_with
 from tests.docs.pages import ROOT, Command
 
 _JOBS = {contract.PLURAL, contract.KIND.lower(), "ftj"}
-_LABELS = {contract.JOB_LABEL, contract.JOB_UID_LABEL, contract.RANK_LABEL, contract.GENERATION_LABEL, contract.MANAGED_BY_LABEL, contract.LEADER_LABEL}  # fmt: skip
-_KUBECTL_VERBS = {"get", "logs", "apply", "wait", "patch", "create", "delete", "describe", "diff"}
-_KUBECTL_WITH_VALUE = {"-n", "--namespace", "-o", "-l", "-f", "-c", "--type", "-p", "--for", "--timeout", "--tail", "--from-literal"}  # fmt: skip
+_LABELS = {contract.JOB_LABEL, contract.JOB_UID_LABEL, contract.RANK_LABEL, contract.GENERATION_LABEL, contract.MANAGED_BY_LABEL, contract.LEADER_LABEL, "app.kubernetes.io/name", "app.kubernetes.io/instance"}  # fmt: skip
+_KUBECTL_VERBS = {
+    "get",
+    "logs",
+    "apply",
+    "wait",
+    "patch",
+    "create",
+    "delete",
+    "describe",
+    "diff",
+    "auth",
+    "port-forward",
+    "top",
+}
+_KUBECTL_WITH_VALUE = {"-n", "--namespace", "-o", "-l", "-f", "-c", "--type", "-p", "--for", "--timeout", "--tail", "--from-literal", "-L", "--as", "--raw", "--sort-by"}  # fmt: skip
 _KUBECTL_ALONE = {"-A", "--watch", "--prefix", "--server-side"}
 _HELM_WITH_VALUE = {"--namespace", "--set", "--values", "--version", "--timeout"}
 _HELM_ALONE = {"--create-namespace", "--wait", "--reuse-values"}
@@ -61,6 +74,9 @@ def _make(_: Command, arguments: list[str]) -> Iterator[str]:
 
 
 def _kubectl(command: Command, arguments: list[str]) -> Iterator[str]:
+    if arguments[0] == "finetune":
+        yield from _typed("finetune_cli.jobs.commands", arguments[1:])
+        return
     options, rest = _options(arguments, _KUBECTL_WITH_VALUE, _KUBECTL_ALONE)
     verb, kind = rest[0], next(iter(rest[1:]), "")
     if verb not in _KUBECTL_VERBS:
@@ -68,7 +84,7 @@ def _kubectl(command: Command, arguments: list[str]) -> Iterator[str]:
     for name, value in options:
         if value == "?":
             yield f"nobody has described kubectl's {name}"
-        elif name == "-l" and value.split("=")[0] not in _LABELS:
+        elif name in ("-l", "-L") and value.split("=")[0] not in _LABELS:
             yield f"no object has the label {value}"
         elif name == "-c" and value not in (contract.AGENT_CONTAINER, contract.TRAINER_CONTAINER):
             yield f"no pod has a container {value}"
@@ -107,8 +123,12 @@ def _helm(command: Command, arguments: list[str]) -> Iterator[str]:
 
 
 def _finetune(_: Command, arguments: list[str]) -> Iterator[str]:
-    """Let the command line read its arguments, without doing anything."""
-    command: Any = typer.main.get_command(app)
+    yield from _typed("finetune_cli.__main__", arguments)
+
+
+def _typed(module: str, arguments: list[str]) -> Iterator[str]:
+    """Let a command line read its arguments, without doing anything."""
+    command: Any = typer.main.get_command(importlib.import_module(module).app)
     try:
         while True:
             context = command.make_context("finetune", list(arguments))
@@ -170,4 +190,5 @@ _PROGRAMS: dict[str, Callable[[Command, list[str]], Iterator[str]]] = {
     "docker": _docker,
     "cosign": _cosign,
     "export": _nothing,
+    "jq": _nothing,
 }

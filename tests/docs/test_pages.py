@@ -4,7 +4,9 @@ Nothing is run here but parsers. The commands of ``docs/checkpoints-command-line
 """
 
 import ast
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from tests.docs.examples import check_yaml
 from tests.docs.pages import PAGES, ROOT, Block, Command
 
 JOB_PARTS = ("recipe", "script", "storage", "checkpoint", "workers", "recovery")
-LANGUAGES = {"", "yaml", "console", "sh", "python"}
+PARSERS: dict[str, Callable[[str], object]] = {"python": ast.parse, "json": json.loads}
+LANGUAGES = {"", "yaml", "console", "sh", *PARSERS}
 PATH = re.compile(
     r"((?:charts|tests|examples|docs|benchmarks|crds|operator|trainer|release|\.github|\.ci)/[\w./*-]+)(?:::(\w+))?"
 )
@@ -30,14 +33,14 @@ def test_yaml_is_what_it_is_said_to_be(block: Block) -> None:
     check_yaml(block)
 
 
-@pytest.mark.parametrize("command", pages.commands(), ids=str)
+@pytest.mark.parametrize("command", [*pages.commands(), *pages.inline_commands()], ids=str)
 def test_a_command_could_run(command: Command) -> None:
     assert programs.check(command) == []
 
 
-@pytest.mark.parametrize("block", pages.all_blocks("python"), ids=str)
-def test_python_is_python(block: Block) -> None:
-    ast.parse(block.text)
+@pytest.mark.parametrize("block", pages.all_blocks(*PARSERS), ids=str)
+def test_python_and_json_can_be_read(block: Block) -> None:
+    PARSERS[block.language](block.text)
 
 
 def test_every_block_is_of_a_language_that_is_checked() -> None:
@@ -106,6 +109,7 @@ WRONG_COMMANDS = {
     "a program that is not there": "python examples/sentiment/train.py",
     "an option that a program does not have": "python examples/sentiment/prepare.py --url x",
     "an extra that is not there": "pip install finetune-operator[client]",
+    "a value that no profile has": "helm install x charts/finetune-operator --set profiles.default.picture=a",
     "a program that nobody has described": "oc get ftj",
 }
 
