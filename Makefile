@@ -38,7 +38,7 @@ test: venv check ## Unit tests while the cluster's programs and images are built
 	pytest $(CLUSTER_TESTS) -m "cluster and not long"
 
 test-fast: venv ## Only what needs neither cluster nor torchrun
-	pytest tests/api tests/operator tests/agent -m "not cluster and not slow" -q
+	pytest tests/api tests/operator tests/agent tests/docs tests/gitops tests/release -m "not cluster and not slow" -q
 
 test-cluster: venv ## Only what runs on the real cluster, all of it
 	pytest $(CLUSTER_TESTS) -m cluster
