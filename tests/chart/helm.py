@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tests.cluster.binaries import ensure_binaries
+from tests.cluster.binaries import ensure_binary
 
 ROOT = Path(__file__).resolve().parents[2]
 CHARTS = ROOT / "charts"
@@ -57,4 +57,4 @@ def find(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any
 
 @functools.cache
 def _program() -> Path:
-    return ensure_binaries()["helm"]
+    return ensure_binary("helm")

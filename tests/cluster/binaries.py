@@ -88,9 +88,10 @@ def ensure_binaries() -> dict[str, Path]:
     return _ensure_all(COMPONENTS)
 
 
-def ensure_actionlint() -> Path:
-    """What lints workflows."""
-    return _ensure_all((ACTIONLINT,))["actionlint"]
+def ensure_binary(program: str) -> Path:
+    """One program, without whatever else a cluster needs."""
+    (component,) = (component for component in (*COMPONENTS, ACTIONLINT) if program in component.programs)
+    return _ensure_all((component,))[program]
 
 
 def _ensure_all(components: Iterable[Component]) -> dict[str, Path]:

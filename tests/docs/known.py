@@ -58,14 +58,14 @@ def has_field(path: str) -> bool:
 
 
 @functools.cache
-def chart_values(chart: str = "finetune-operator") -> dict[str, Any]:
-    values: dict[str, Any] = yaml.safe_load((ROOT / "charts" / chart / "values.yaml").read_text())
+def chart_values() -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((ROOT / "charts/finetune-operator/values.yaml").read_text())
     return values
 
 
-def has_value(path: str, chart: str = "finetune-operator") -> bool:
-    """Whether a chart has this value; below an empty map anything may be set, and below a profile what the operator takes."""
-    place: Any = chart_values(chart)
+def has_value(path: str) -> bool:
+    """Whether the operator's chart has this value; below an empty map anything may be set, and below a profile what the operator takes."""
+    place: Any = chart_values()
     if profile := re.fullmatch(r"profiles\.\w+\.(\w+)(\..*)?", path):
         return profile[1] in {field.alias for field in Profile.model_fields.values()}
     for step in path.split("."):

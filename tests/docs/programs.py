@@ -18,26 +18,14 @@ import typer
 from finetune_api import contract
 from finetune_api.job import parse_job
 from finetune_api.status import ConditionType
+from tests.chart.helm import KUBERNETES, helm
 from tests.docs import known
 from tests.docs.examples import a_job_with
 from tests.docs.pages import ROOT, Command
 
 _JOBS = {contract.PLURAL, contract.KIND.lower(), "ftj"}
 _LABELS = {contract.JOB_LABEL, contract.JOB_UID_LABEL, contract.RANK_LABEL, contract.GENERATION_LABEL, contract.MANAGED_BY_LABEL, contract.LEADER_LABEL, "app.kubernetes.io/name", "app.kubernetes.io/instance"}  # fmt: skip
-_KUBECTL_VERBS = {
-    "get",
-    "logs",
-    "apply",
-    "wait",
-    "patch",
-    "create",
-    "delete",
-    "describe",
-    "diff",
-    "auth",
-    "port-forward",
-    "top",
-}
+_KUBECTL_VERBS = {"get", "logs", "apply", "wait", "patch", "create", "delete", "describe", "diff", "auth", "port-forward", "top"}  # fmt: skip
 _KUBECTL_WITH_VALUE = {"-n", "--namespace", "-o", "-l", "-f", "-c", "--type", "-p", "--for", "--timeout", "--tail", "--from-literal", "-L", "--as", "--raw", "--sort-by"}  # fmt: skip
 _KUBECTL_ALONE = {"-A", "--watch", "--prefix", "--server-side"}
 _HELM_WITH_VALUE = {"--namespace", "--set", "--values", "--version", "--timeout"}
@@ -115,11 +103,14 @@ def _helm(command: Command, arguments: list[str]) -> Iterator[str]:
     if not (chart / "Chart.yaml").exists():
         yield f"there is no chart {rest[2]}"
         return
+    values = []
     for name, value in options:
         if value == "?":
             yield f"nobody has described helm's {name}"
-        elif name == "--set" and not known.has_value(value.partition("=")[0], chart.name):
-            yield f"{chart.name} has no value {value}"
+        elif name == "--set":
+            values += [name, value]
+    rendered = helm("template", rest[1], chart, *KUBERNETES, *values)
+    yield rendered.output if rendered.code else ""
 
 
 def _finetune(_: Command, arguments: list[str]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.alias_generators import to_camel
 
 from finetune_api.job import FineTuneJob, parse_job
+from tests.chart.helm import render
 from tests.gitops import argo
 
 ROOT = Path(__file__).parents[2]
@@ -193,16 +194,6 @@ def test_a_misspelt_field_is_noticed(file: Path) -> None:
                 MANIFEST.validate_python(document | {"spec": document["spec"] | {"selfheal": True}})
 
 
-def unknown(given: Any, known: Any, path: str = "") -> list[str]:
-    """The paths of values that a chart has no default for. An empty or free-form map may hold anything."""
-    if not isinstance(given, dict) or not isinstance(known, dict) or not known:
-        return []
-    missing = [f"{path}{name}" for name in given if name not in known]
-    return missing + [
-        found for name in given if name in known for found in unknown(given[name], known[name], f"{path}{name}.")
-    ]
-
-
 def releases() -> list[tuple[str, dict[str, Any]]]:
     """Each chart that is installed by the examples, with its values."""
     helm = [(release.spec.chart.spec.chart, release.spec.values) for release in of(HelmRelease)]
@@ -214,12 +205,13 @@ def releases() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def test_the_charts_and_the_values_that_they_are_given_exist() -> None:
+def test_helm_takes_the_charts_with_the_values_that_they_are_given(tmp_path: Path) -> None:
     charts = releases()
     assert sorted(chart for chart, _ in charts) == ["charts/finetune-crds"] * 2 + ["charts/finetune-operator"] * 2
     for chart, values in charts:
-        defaults = yaml.safe_load((ROOT / chart / "values.yaml").read_text())
-        assert unknown(values, defaults) == [], chart
+        file = tmp_path / "values.yaml"
+        file.write_text(yaml.safe_dump(values))
+        assert render(ROOT / chart, "--values", file)
 
 
 def test_the_folders_and_files_that_they_name_exist() -> None:

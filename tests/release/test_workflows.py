@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.binaries import ensure_actionlint
+from tests.cluster.binaries import ensure_binary
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yaml"))
@@ -21,7 +21,7 @@ JOBS: dict[str, Any] = {
 
 def lint(*files: Path) -> str:
     """Return what actionlint finds: syntax, expressions, contexts, the inputs of the actions it knows, job needs."""
-    command = [ensure_actionlint(), "-no-color", "-shellcheck=", "-pyflakes=", *files]
+    command = [ensure_binary("actionlint"), "-no-color", "-shellcheck=", "-pyflakes=", *files]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT).stdout
 
 
