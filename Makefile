@@ -46,10 +46,10 @@ test-cluster: venv ## Only what runs on the real cluster, all of it
 check: venv ## Style, types, import contracts, generated files: before every commit
 	ruff format --check --quiet . || { echo "run: make format"; exit 1; }
 	ruff check --quiet .
+	python release/versions.py --check
 	mypy
 	lint-imports --no-cache > $(FINETUNE_CACHE)/imports.log || { cat $(FINETUNE_CACHE)/imports.log; exit 1; }
 	python -m finetune_api --check
-	python release/versions.py --check
 
 format: venv ## Let ruff format, and mend what it can
 	ruff format --quiet . && ruff check --quiet --fix .

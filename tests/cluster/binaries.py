@@ -1,4 +1,4 @@
-"""Kubernetes, etcd, CoreDNS, Helm, the pause program and actionlint, built from pinned Go modules.
+"""Kubernetes, etcd, CoreDNS, Helm and the pause program, built from pinned Go modules.
 
 Each component has a module file of its own under ``go/``, since etcd, Helm and Kubernetes want different versions of the same
 modules. A component is built once and kept under the hash of everything that decides about it: module files, sources, flags

@@ -1,5 +1,6 @@
 """The site builds: no dead link or anchor, every page in the navigation, nothing fetched from elsewhere."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,11 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+REPOSITORY = "https://code.example/finetune"
 
 
 def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mkdocs", "build", "--config-file", str(root / "mkdocs.yml")]
-    return subprocess.run([*command, "--site-dir", str(site)], capture_output=True, text=True, check=False)
+    environment = os.environ | {"REPOSITORY_URL": REPOSITORY}
+    return subprocess.run(
+        [*command, "--site-dir", str(site)], capture_output=True, text=True, check=False, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,10 @@ def test_a_page_fetches_nothing_from_elsewhere(site: Path) -> None:
             r"<(?:script|img|iframe)[^>]* src=\"(\w+:)?//|<link[^>]* href=\"(\w+:)?//", page.read_text()
         )
         assert not fetched, page
+
+
+def test_a_link_out_of_the_pages_leads_into_the_repository(site: Path) -> None:
+    assert f'href="{REPOSITORY}/blob/main/benchmarks/bench_recovery.md"' in (site / "workers.html").read_text()
 
 
 def test_lists_are_lists_and_the_picture_is_there(site: Path) -> None:
