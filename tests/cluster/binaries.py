@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +64,6 @@ COMPONENTS = (
 )
 
 
-# No part of the cluster: tests alone use it, and a demo need not wait for it.
-ACTIONLINT = Component(
-    "actionlint", ("github.com/rhysd/actionlint/cmd/actionlint",), ("actionlint",), "about 15 s the first time"
-)
-
-
 @contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
     """Hold a file lock; say so when somebody else holds it, since a silent wait looks like a hang."""
@@ -85,16 +79,6 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
 
 def ensure_binaries() -> dict[str, Path]:
     """Every program of the cluster, built where it is missing: name → path."""
-    return _ensure_all(COMPONENTS)
-
-
-def ensure_binary(program: str) -> Path:
-    """One program, without whatever else a cluster needs."""
-    (component,) = (component for component in (*COMPONENTS, ACTIONLINT) if program in component.programs)
-    return _ensure_all((component,))[program]
-
-
-def _ensure_all(components: Iterable[Component]) -> dict[str, Path]:
     if shutil.which("go") is None:
         raise ClusterError(
             "Go is missing: install Go 1.26 or later (https://go.dev/dl), the cluster is built from source; it is looked for on PATH"
@@ -103,7 +87,7 @@ def _ensure_all(components: Iterable[Component]) -> dict[str, Path]:
     release = run(["go", "env", "GOVERSION"]).strip()
     return {
         program: directory / program
-        for component in components
+        for component in COMPONENTS
         for directory in [_ensure(component, release)]
         for program in component.programs
     }
@@ -118,6 +102,11 @@ def _ensure(component: Component, release: str) -> Path:
             with step(f"building {component.name} ({', '.join(component.programs)})", component.expected):
                 _build(component, directory)
     return directory
+
+
+def ensure_alone(component: Component) -> Path:
+    """The folder of one component's programs, without whatever else a cluster needs."""
+    return _ensure(component, run(["go", "env", "GOVERSION"]).strip())
 
 
 def _key(component: Component, release: str) -> str:
