@@ -18,7 +18,7 @@ export OMP_NUM_THREADS := 1
 
 CLUSTER_TESTS := tests/api tests/chart tests/cluster
 
-.PHONY: help venv demo demo-down test test-fast test-cluster check format generate docs build bench
+.PHONY: help venv demo demo-down test test-fast test-cluster check format generate build docs version bench
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,15 +54,17 @@ check: venv ## Style, types, import contracts, generated files: before every com
 format: venv ## Let ruff format, and mend what it can
 	ruff format --quiet . && ruff check --quiet --fix .
 
-generate: venv ## Write the CRD, its copies and its reference page from the types, and the version from pyproject.toml
+generate: venv ## Write the CRD, its copies and its reference page from the types
 	python -m finetune_api
-	python release/versions.py
+
+build: venv ## Build the cluster's programs and the images, without starting anything
+	python -m tests.cluster build
 
 docs: venv ## The pages of docs/ as a site, in site/; a dead link is an error
 	mkdocs build
 
-build: venv ## Build the cluster's programs and the images, without starting anything
-	python -m tests.cluster build
+version: venv ## Write the version of pyproject.toml wherever else it stands
+	python release/versions.py
 
 bench: venv ## Run the benchmarks; each prints one table
 	for benchmark in benchmarks/bench_*.py; do python $$benchmark; done

@@ -61,7 +61,7 @@ def main() -> int:
     for file, text in files:
         if arguments.check:
             sys.stderr.write(
-                f"{file.relative_to(root)} names another version than pyproject.toml: run `make generate`\n"
+                f"{file.relative_to(root)} names another version than pyproject.toml: run `make version`\n"
             )
         else:
             file.write_text(text)

@@ -95,8 +95,9 @@ def inline_commands() -> list[Command]:
 
 
 def _pipeline(text: str) -> Iterator[tuple[str, ...]]:
+    """The programs of a pipeline, without what they read from files."""
     words: list[str] = []
-    for word in [*shlex.split(text, comments=True), "|"]:
+    for word in [*shlex.split(re.sub(r" < \S+", "", text), comments=True), "|"]:
         if word != "|":
             words.append(word)
         elif words:
