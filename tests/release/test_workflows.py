@@ -59,6 +59,11 @@ def test_a_job_ends_and_runs_released_actions(job: dict[str, Any]) -> None:
             assert step["with"]["persist-credentials"] is False
 
 
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.stem)
+def test_a_pipe_that_breaks_ends_the_step(workflow: Path) -> None:
+    assert yaml.safe_load(workflow.read_text())["defaults"] == {"run": {"shell": "bash"}}
+
+
 def test_only_what_signs_may_speak_for_the_project() -> None:
     signing = {name for name, job in JOBS.items() if job.get("permissions", {}).get("id-token") == "write"}
     assert signing == {"release.images", "release.charts"}
