@@ -18,7 +18,7 @@ export OMP_NUM_THREADS := 1
 
 CLUSTER_TESTS := tests/api tests/kubectl tests/chart tests/cluster tests/chaos
 
-.PHONY: help venv demo demo-down test test-fast test-long test-cluster check format generate build bench
+.PHONY: help venv demo demo-down test test-fast test-long test-cluster check format generate build docs version bench
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,7 +38,7 @@ test: venv check ## Unit tests while the cluster's programs and images are built
 	pytest $(CLUSTER_TESTS) -m "cluster and not long"
 
 test-fast: venv ## Only what needs neither cluster nor torchrun
-	pytest tests/api tests/operator tests/agent -m "not cluster and not slow" -q
+	pytest tests/api tests/operator tests/agent tests/docs tests/gitops tests/release -m "not cluster and not slow" -q
 
 test-long: venv ## Only what takes minutes without the cluster
 	pytest tests --ignore tests/cluster -m "long and not cluster"
@@ -49,6 +49,7 @@ test-cluster: venv ## Only what runs on the real cluster, all of it
 check: venv ## Style, types, import contracts, generated files: before every commit
 	ruff format --check --quiet . || { echo "run: make format"; exit 1; }
 	ruff check --quiet .
+	python release/versions.py --check
 	mypy
 	lint-imports --no-cache > $(FINETUNE_CACHE)/imports.log || { cat $(FINETUNE_CACHE)/imports.log; exit 1; }
 	python -m finetune_api --check
@@ -63,6 +64,12 @@ generate: venv ## Write the CRD, its copies and its reference page from the type
 
 build: venv ## Build the cluster's programs and the images, without starting anything
 	python -m tests.cluster build
+
+docs: venv ## The pages of docs/ as a site, in site/; a dead link is an error
+	mkdocs build
+
+version: venv ## Write the version of pyproject.toml wherever else it stands
+	python release/versions.py
 
 bench: venv ## Run the benchmarks; each prints one table
 	for benchmark in benchmarks/bench_*.py; do python $$benchmark; done

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tests.cluster.binaries import ensure_binaries
+from tests.cluster.binaries import COMPONENTS, ensure_alone
 
 ROOT = Path(__file__).resolve().parents[2]
 CHARTS = ROOT / "charts"
@@ -57,4 +57,5 @@ def find(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any
 
 @functools.cache
 def _program() -> Path:
-    return ensure_binaries()["helm"]
+    (component,) = (component for component in COMPONENTS if component.name == "helm")
+    return ensure_alone(component) / "helm"

@@ -124,6 +124,11 @@ def _ensure(component: Component, release: str) -> Path:
     return directory
 
 
+def ensure_alone(component: Component) -> Path:
+    """The folder of one component's programs, without whatever else a cluster needs."""
+    return _ensure(component, run(["go", "env", "GOVERSION"]).strip())
+
+
 def _key(component: Component, release: str) -> str:
     digest = hashlib.sha256(f"{release} {component}{component.tags}".encode())
     for file in sorted((GO / component.name).iterdir()):
