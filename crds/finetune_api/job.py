@@ -183,17 +183,6 @@ def _unchanged(name: str) -> Rule:
     )
 
 
-_SHAPE = Rule(
-    # Pods are made in one shape, and all of a gang's in the same.
-    cel="oldSelf.suspend || self.suspend || (self.workers.resources == oldSelf.workers.resources"
-    " && self.workers.profile == oldSelf.workers.profile"
-    " && has(self.workers.processesPerNode) == has(oldSelf.workers.processesPerNode)"
-    " && (!has(self.workers.processesPerNode) || self.workers.processesPerNode == oldSelf.workers.processesPerNode))",
-    message="resources, profile and processesPerNode are what pods are made with: set suspend to true first, or with the same change",
-    field="workers",
-)
-
-
 def _keeps_a_metric_that_is_measured(spec: "FineTuneJobSpec") -> bool:
     evaluation = spec.recipe.evaluation if spec.recipe else None
     metrics = evaluation.metrics if evaluation else []
@@ -256,7 +245,6 @@ class FineTuneJobSpec(ApiModel):
         _unchanged("recipe"),
         _unchanged("script"),
         _unchanged("storage"),
-        _SHAPE,
     )
 
 
@@ -285,6 +273,17 @@ class ApiVersion(StrEnum):
     """The one version so far."""
 
     V1ALPHA1 = f"{contract.GROUP}/{contract.VERSION}"
+
+
+_SHAPE = Rule(
+    # Pods are made in one shape, and all of a gang's in the same. The first gang is in status before its pods are made.
+    cel="oldSelf.spec.suspend || self.spec.suspend || !has(oldSelf.status) || !has(oldSelf.status.gang)"
+    " || (self.spec.workers.resources == oldSelf.spec.workers.resources && self.spec.workers.profile == oldSelf.spec.workers.profile"
+    " && has(self.spec.workers.processesPerNode) == has(oldSelf.spec.workers.processesPerNode) && (!has(self.spec.workers.processesPerNode)"
+    " || self.spec.workers.processesPerNode == oldSelf.spec.workers.processesPerNode))",
+    message="resources, profile and processesPerNode are what pods are made with: set suspend to true first, or with the same change",
+    field="spec.workers",
+)
 
 
 class FineTuneJob(ApiModel):
@@ -326,6 +325,7 @@ class FineTuneJob(ApiModel):
             message="a job that is Complete or Failed stays so; create a new job to continue it",
             field="status.conditions",
         ),
+        _SHAPE,
     )
 
 

@@ -197,6 +197,14 @@ GROUPS: tuple[Group, ...] = (
                 "minutes, for ever.",
                 "Give the permission back, or put new keys into the same secret; pods see them within about a minute.",
             ),
+            Reason(
+                "CheckpointsLost",
+                "Somebody deleted what was committed: `HEAD`, or all below the prefix. Also told by `CheckpointsDelayed`, while training goes on "
+                "without commits.",
+                "Nothing starts afresh. No worker runs, the pods stay with what they hold in memory, and another incarnation tries after 15 "
+                "seconds, then ever more slowly, up to every five minutes, for ever.",
+                "Put back what was deleted, also from a backup: see checkpoints.md. To start from nothing: a new job, in an empty prefix.",
+            ),
         ),
     ),
     Group(

@@ -109,6 +109,7 @@ CHANGES = (
     Change("more memory while it runs", {"workers": {"resources": {"memory": "6Gi"}}}, "spec.workers", SUSPEND_FIRST, "running"),
     Change("another profile while it runs", {"workers": {"profile": "large"}}, "spec.workers", SUSPEND_FIRST, "running"),
     Change("more processes while it runs", {"workers": {"processesPerNode": 2}}, "spec.workers", SUSPEND_FIRST, "running"),
+    Change("another profile before there are pods", {"workers": {"profile": "large", "processesPerNode": 2}}, job="new"),
     Change("another checkpoint interval", {"checkpoint": {"interval": {"steps": None, "seconds": 60}}}),
     Change("another metric to keep the best by", {"checkpoint": {"keepBest": "MacroF1"}}),
     Change("a metric to keep the best by that is not measured", {"checkpoint": {"keepBest": "Perplexity"}}, "spec.checkpoint.keepBest", "one of recipe.evaluation.metrics"),
@@ -122,12 +123,15 @@ CHANGES = (
 
 @pytest.fixture(scope="module")
 def stored(api: ApiServer) -> Iterator[dict[str, Json]]:
-    running = changed(script_job("stored-running"), {"spec.suspend": False, "spec.workers": {"profile": "nobodys"}})
+    """Jobs by how they are. No operator touches those that are not suspended: their profile is unknown to it."""
+    awake = {"spec.suspend": False, "spec.workers": {"profile": "nobodys"}}
     jobs = {
         "recipe": api.create(recipe_job("stored-recipe")),
         "script": api.create(script_job("stored-script")),
-        "running": api.create(running),
+        "new": api.create(changed(script_job("stored-new"), awake)),
+        "running": api.create(changed(script_job("stored-running"), awake)),
     }
+    jobs["running"] = api.merge(jobs["running"], {"status": {"gang": gang(1)}}, subresource="status")
     yield jobs
     for job in jobs.values():
         api.delete(job)

@@ -256,14 +256,3 @@ def test_a_gang_that_cannot_be_placed_takes_the_size_that_spec_asks_for_now() ->
     plan = story.go()
     assert (story.generation, story.job.status.gang.nodes) == (2, 2)
     assert [pod.rank for pod in plan.delete] == [2, 3]
-
-
-def test_a_running_gang_keeps_its_size_until_its_next_generation() -> None:
-    story = Story(nodes=2).trains()
-    story.edit(workers=story.job.spec.workers.model_copy(update={"nodes": 3}))
-    assert story.go().create == ()
-    assert (story.generation, story.job.status.gang.nodes) == (1, 2)
-    story.worker_ends(0, 1)
-    story.worker_ends(1, 1)
-    assert story.go().create == (NewPod(2, 2),)
-    assert story.job.status.gang.nodes == 3
