@@ -105,7 +105,7 @@ def running_seaweedfs(folder: Path, roles: Json | None = None) -> Iterator[S3Ser
             yield server
             return
         finally:
-            _stop(process)
+            _stop(process, ports)
 
 
 def _start(folder: Path, ports: dict[str, int], server: S3Server, roles: Json | None) -> subprocess.Popen[bytes]:
@@ -181,9 +181,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], server: S3Server, folder
     raise _NotReady(f"SeaweedFS did not take a write within {START_SECONDS} s (exit code {process.poll()}):\n{tail}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], ports: dict[str, int]) -> None:
     process.kill()  # a graceful end takes 10 s, and nothing here outlives the test
     process.wait()
+    for role in ("master", "volume", "filer", "s3"):  # it puts these there whatever it is told
+        Path(f"/tmp/seaweedfs-{role}-grpc-{ports[f'{role}.grpc']}.sock").unlink(missing_ok=True)
 
 
 def _free_ports(count: int) -> list[int]:
