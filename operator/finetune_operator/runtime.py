@@ -21,6 +21,7 @@ from finetune_operator.jobserver.app import JobServer
 from finetune_operator.jobserver.auth import TokenVerifier
 from finetune_operator.jobserver.certificate_store import load_certificates, server_context, show
 from finetune_operator.jobserver.connections import cut_buffers, give_memory_back
+from finetune_operator.jobserver.flood import STRANGER_SECONDS
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.jobserver.tls import Certificates
 from finetune_operator.kube.api import JOBS, PODS, Resource
@@ -125,6 +126,7 @@ class Runtime:
         runtime._spawn(runtime._resync(), "resync", on_fatal)
         runtime._spawn(runtime._keep_certificates(), "certificates", on_fatal)
         runtime._spawn(runtime._keep_small(), "memory", on_fatal)
+        runtime._spawn(runtime._close_strangers(runtime._agents_door), "strangers", on_fatal)
         runtime._stand_for_election(on_fatal, on_lost)
         logger.info("standing by")
         return runtime
@@ -266,6 +268,11 @@ class Runtime:
         while True:
             await asyncio.sleep(MEMORY_SECONDS)
             give_memory_back()
+
+    async def _close_strangers(self, door: web.AppRunner) -> None:
+        while door.server is not None:
+            await asyncio.sleep(STRANGER_SECONDS / 4)
+            self._job_server.strangers.close(door.server.connections)
 
     async def _work(self) -> None:
         while True:

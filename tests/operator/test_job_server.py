@@ -24,6 +24,7 @@ from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.app import JobServer
 from finetune_operator.jobserver.auth import DISCOVERY_PATH, JWKS_PATH, TokenVerifier
 from finetune_operator.jobserver.certificate_store import server_context
+from finetune_operator.jobserver.flood import BURST
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.jobserver.tls import make_certificates
 from finetune_operator.kube.errors import Unavailable
@@ -66,6 +67,7 @@ class Scene:
     url: str
     context: ssl.SSLContext
     lease: list[bool]  # whether this replica leads
+    runner: web.AppRunner
     news: list[JobKey] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
@@ -162,7 +164,7 @@ async def scene(keys: dict[str, rsa.RSAPrivateKey], certificates) -> AsyncIterat
     context = ssl.create_default_context(cadata=certificates.authority)
     async with aiohttp.ClientSession() as session:
         url = f"https://127.0.0.1:{port}"
-        yield Scene(api, cache, reports, server, verifier, keys, session, url, context, lease, news)
+        yield Scene(api, cache, reports, server, verifier, keys, session, url, context, lease, runner, news)
     await runner.cleanup()
 
 
@@ -434,8 +436,9 @@ async def test_a_token_that_was_good_before_is_refused_when_it_has_expired(
     token = scene.token(seconds=2)
     assert [(await scene.report(token=token))[0] for _ in range(2)] == [200, 200]
     async with asyncio.timeout(10):
-        while (await scene.report(token=token))[0] == 200:
-            await asyncio.sleep(0.05)
+        while (answer := await scene.report(token=token))[0] == 200:
+            await asyncio.sleep(0.3)
+    assert answer[0] == 401
 
 
 async def test_a_token_is_verified_once_and_remembered_as_that_of_its_own_pod(
@@ -615,3 +618,58 @@ async def test_the_certificate_is_for_the_service_and_nobody_else(scene: Scene) 
     with pytest.raises(aiohttp.ClientConnectorCertificateError):
         async with scene.session.get(scene.url + ORDER_PATH, server_hostname="elsewhere.svc", ssl=scene.context):
             pass
+
+
+# Floods
+
+
+async def test_a_pod_that_asks_too_often_is_put_off_and_no_other_is(scene: Scene) -> None:
+    flood, other = scene.token(), scene.token(uid="pod-2")
+    answers = [(await scene.report(token=flood))[0] for _ in range(200)]
+    assert set(answers) == {200, 429}
+    assert answers[: int(BURST)] == [200] * int(BURST)
+    assert (await scene.poll(token=flood))[0] == 429
+    assert (await scene.report(idle_report("pod-2", 1), token=other))[0] == 200
+    assert set(scene.reports.heard) == {POD, "pod-2"}
+
+
+async def test_who_says_nothing_or_half_a_request_or_is_refused_is_not_kept(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(scene.server.strangers, "_clock", lambda: now[0])
+    body = json.dumps(to_wire(idle_report(POD, 0))).encode()
+    head = f"POST {REPORT_PATH} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {len(body)}\r\n"
+    accepted = head.encode() + f"Authorization: Bearer {scene.token()}\r\n\r\n".encode() + body
+    said = {
+        "nothing": b"",
+        "half a head": head.encode(),
+        "half a body": accepted[:-5].replace(b"Bearer ", b"Bearer x"),
+        "no token": head.encode() + b"\r\n" + body,
+        "a report": accepted,
+    }
+    port = scene.runner.addresses[0][1]
+    streams = {
+        who: await asyncio.open_connection("127.0.0.1", port, ssl=scene.context, server_hostname=HOST) for who in said
+    }
+    async with asyncio.timeout(5):
+        while len(scene.runner.server.connections) < len(said):
+            await asyncio.sleep(0)
+    scene.server.strangers.close(scene.runner.server.connections)
+    now[0] = 40.0
+    for who, (_, writer) in streams.items():
+        writer.write(said[who])
+    assert (await streams["a report"][0].readline()).split()[1] == b"200"
+    assert (await streams["no token"][0].readline()).split()[1] == b"401"
+    now[0] = 70.0
+    scene.server.strangers.close(scene.runner.server.connections)
+    async with asyncio.timeout(5):
+        for who in said.keys() - {"a report"}:
+            await streams[who][0].read()
+    writer = streams["a report"][1]
+    writer.write(accepted)
+    async with asyncio.timeout(5):
+        while b"HTTP/1.1 200" not in await streams["a report"][0].readline():  # behind the first answer's body
+            pass
+    for _, writer in streams.values():
+        writer.close()

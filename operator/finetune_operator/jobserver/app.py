@@ -22,6 +22,7 @@ from finetune_api.job import parse_job
 from finetune_api.protocol import SERVED_VERSIONS, Action, Order, Report, from_wire, to_wire
 from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.auth import Caller, TokenVerifier, Unauthorized
+from finetune_operator.jobserver.flood import Allowances, Strangers
 from finetune_operator.jobserver.plausible import check_plausible
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.kube.errors import KubeError
@@ -48,6 +49,7 @@ class JobServer:
     ) -> None:
         self._cache, self._reports, self._verifier = cache, reports, verifier
         self._leads, self._on_news = leads, on_news
+        self._allowances, self.strangers = Allowances(), Strangers()
         self._changed: dict[JobKey, asyncio.Event] = {}
         self._at_hand: dict[
             JobKey, tuple[dict[str, Any], Orders]
@@ -137,12 +139,16 @@ class JobServer:
     async def _caller(self, request: web.Request) -> Caller:
         self._check_that_it_leads()
         try:
-            return await self._verifier.verify(request.headers.get("Authorization"))
+            caller = await self._verifier.verify(request.headers.get("Authorization"))
         except Unauthorized as error:
             raise _refusal(web.HTTPUnauthorized, str(error)) from error
         except KubeError as error:
             logger.warning("the cluster's token keys cannot be read: %s", error)
             raise _refusal(web.HTTPServiceUnavailable, "the cluster's token keys cannot be read now") from error
+        if not self._allowances.take(caller.pod_uid):
+            raise _refusal(web.HTTPTooManyRequests, "this pod asks too often")
+        self.strangers.accept(request.protocol)
+        return caller
 
     def _own_pod(self, caller: Caller, claimed_uid: str) -> PodView:
         if claimed_uid != caller.pod_uid:
