@@ -10,6 +10,7 @@ from tests.cluster.jobs import Job, submit
 from tests.cluster.test_recovery import PATIENT
 from tests.cluster.training_inputs import make_namespace, script_spec
 
+NOTHING = "pass"
 LONGEST_NAME = "a-job-with-the-longest-name-that-is-0123"
 
 
@@ -23,7 +24,7 @@ def waits_for(job: Job, reason: str) -> str:
 def test_what_no_node_can_hold_is_told_in_the_schedulers_words_and_can_be_mended(
     operator: Cluster, namespace: str
 ) -> None:
-    spec = script_spec(operator, "")
+    spec = script_spec(operator, NOTHING)
     spec["workers"]["resources"]["cpu"] = "64"
     job = submit(operator, namespace, "too-large", spec)
     assert "Insufficient cpu" in waits_for(job, "Unschedulable")
@@ -45,7 +46,7 @@ def test_a_quota_is_told_and_when_it_is_raised_the_job_starts(operator: Cluster)
     }
     operator.apply(quota)
     try:
-        job = submit(operator, "small-quota", "waits", script_spec(operator, ""))
+        job = submit(operator, "small-quota", "waits", script_spec(operator, NOTHING))
         assert "exceeded quota" in waits_for(job, "QuotaExceeded")
         operator.apply({**quota, "spec": {"hard": {"pods": "4"}}})
         assert "restarts" not in job.wait_for_phase("Succeeded")
@@ -54,7 +55,7 @@ def test_a_quota_is_told_and_when_it_is_raised_the_job_starts(operator: Cluster)
 
 
 def test_what_cannot_be_placed_in_time_is_given_back(operator: Cluster, namespace: str) -> None:
-    spec = script_spec(operator, "")
+    spec = script_spec(operator, NOTHING)
     spec["workers"]["resources"]["cpu"] = "1500m"
     spec["workers"]["nodes"] = 4  # there is room for two
     spec["pendingDeadlineSeconds"] = 5
@@ -102,7 +103,7 @@ def test_the_longest_name_with_odd_labels_trains(operator: Cluster, namespace: s
             "labels": {"team.example.com/A_b.c": "Z" * 63, "finetune.dev/rank": "7"},
             "annotations": {"note": "{{ .Values }} $(HOME) \u2603\n--\x7f"},
         },
-        "spec": script_spec(operator, ""),
+        "spec": script_spec(operator, NOTHING),
     }
     operator.kubectl("create", "-f", "-", input=json.dumps(manifest))
     job = Job(operator, namespace, LONGEST_NAME)
