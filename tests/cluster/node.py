@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import yaml
 
 from tests.cluster.network import Network
 from tests.cluster.places import CLUSTER_NETWORK, HOST_ADDRESS, node_address, pod_network
-from tests.cluster.process import ControlGroup, Process, Supervisor, run
+from tests.cluster.process import ControlGroup, Process, Supervisor, run, wait_for
 
 PAUSE_IMAGE = "localhost/pause:1"
 LAYERS = Path("io.containerd.snapshotter.v1.overlayfs/snapshots")
@@ -86,6 +86,14 @@ class Node:
 """
         )
         self._start("containerd", "containerd", "--config", str(file))
+        name = f"{self.name}-containerd"
+        wait_for(f"{name} takes no requests", self._look_at_containerd(), 60, self.supervisor, name)
+
+    def _look_at_containerd(self) -> Iterator[bool]:
+        """Its socket is there before the part of it that serves kubelets, and a kubelet that finds the one without the other ends."""
+        log = self.supervisor.log(f"{self.name}-containerd")
+        while True:
+            yield log.exists() and "Start streaming server" in log.read_text(errors="replace")
 
     def _cni_configuration(self) -> dict[str, object]:
         """`ptp` and not `bridge`: all traffic is routed, so that a pod reaches a Service whose backend is on its own node
