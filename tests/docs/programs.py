@@ -29,7 +29,7 @@ _KUBECTL_VERBS = {"get", "logs", "apply", "wait", "patch", "create", "delete", "
 _KUBECTL_WITH_VALUE = {"-n", "--namespace", "-o", "-l", "-f", "-c", "--type", "-p", "--for", "--timeout", "--tail", "--from-literal", "-L", "--as", "--raw", "--sort-by"}  # fmt: skip
 _KUBECTL_ALONE = {"-A", "--watch", "--prefix", "--server-side"}
 _HELM_WITH_VALUE = {"--namespace", "--set", "--values", "--version", "--timeout"}
-_HELM_ALONE = {"--create-namespace", "--wait", "--reuse-values"}
+_HELM_ALONE = {"--create-namespace", "--wait", "--reset-then-reuse-values"}
 
 
 def check(command: Command) -> list[str]:
@@ -149,7 +149,7 @@ def _pip(_: Command, arguments: list[str]) -> Iterator[str]:
     packages = {re.split(r"[=<>\[]", requirement)[0] for requirements in lists for requirement in requirements}
     for word in arguments[1:]:
         name, _, extra = word.rstrip("]").partition("[")
-        if name != project["project"]["name"] and name not in packages:
+        if name != "." and name not in packages:
             yield f"nothing here uses the package {name}"
         elif extra and extra not in extras:
             yield f"there is no extra {extra}"

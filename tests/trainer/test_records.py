@@ -1,6 +1,8 @@
 """What is wrong with a data file is said in full: source, line, what is there, what is allowed."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -172,6 +174,42 @@ def test_reads_parquet_and_names_rows(tmp_path: Path) -> None:
     ]
     with pytest.raises(BadData, match=r'^s3://d/d\.parquet row 3: column "text" must be text, is null$'):
         next(read)
+
+
+def test_one_long_text_that_stands_for_many_rows_is_not_blown_up(tmp_path: Path) -> None:
+    """A kilobyte of file, eight gigabytes as a list of rows. In a process of its own, for its peak of memory."""
+    row = pa.array(["x" * (8 << 20)]).dictionary_encode().take(pa.array([0] * 1024))
+    pq.write_table(pa.table({"text": row, "label": ["a"] * 1024}), tmp_path / "d.parquet", compression="zstd")
+    assert (tmp_path / "d.parquet").stat().st_size < 10_000
+    script = (
+        "import resource, sys; from pathlib import Path\n"
+        "from finetune_trainer.data.records import Wanted, read_records\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "count = sum(len(r.text) == 8 << 20 for r in read_records(Path(sys.argv[1]), 'd', Wanted('text', 'label')))\n"
+        "print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    said = subprocess.check_output([sys.executable, "-c", script, str(tmp_path / "d.parquet")], text=True)
+    count, kibibytes = map(int, said.split())
+    assert count == 1024
+    assert kibibytes < 500_000
+
+
+def test_a_parquet_column_that_unpacks_to_far_more_than_text_does_is_refused(tmp_path: Path) -> None:
+    texts = pa.array(["x" * (12 << 20)] * 24)
+    pq.write_table(
+        pa.table({"text": texts, "label": ["a"] * 24}), tmp_path / "d.parquet", compression="zstd", use_dictionary=False
+    )
+    with pytest.raises(
+        BadData,
+        match=r'^s3://d row group 1: column "text" is \d+ bytes that unpack to \d+: no text compresses so well$',
+    ):
+        list(read_records(tmp_path / "d.parquet", "s3://d", LABELLED))
+
+
+def test_a_text_of_parquet_is_as_bounded_as_a_line(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x" * (17 << 20)], "label": ["a"]}), tmp_path / "d.parquet")
+    with pytest.raises(BadData, match=r'^s3://d row 1: column "text" is longer than 16 MiB$'):
+        list(read_records(tmp_path / "d.parquet", "s3://d", LABELLED))
 
 
 def test_a_parquet_column_that_is_not_there_is_named(tmp_path: Path) -> None:

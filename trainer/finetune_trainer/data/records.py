@@ -1,6 +1,7 @@
 """Reads a data file record by record, in bounded memory, and says exactly what is wrong with it.
 
-A line of JSON or CSV is read whole, so its length is bounded; Parquet is read in small batches. Every complaint is a BadData that
+A line of JSON or CSV is read whole, so its length is bounded; Parquet is read in small batches, and a file that is small because one long text
+stands for many rows is not blown up. Every complaint is a BadData that
 names the source as the user wrote it and the line (Parquet: the row), since the one who reads it has only that to go by.
 """
 
@@ -19,6 +20,8 @@ from finetune_trainer.errors import BadData
 
 LINE_BYTES_LIMIT = 16 * 1024 * 1024
 PARQUET_BATCH_ROWS = 1024
+BOMB_BYTES = 256 * 1024 * 1024
+BOMB_RATIO = 200
 QUOTED_CHARACTERS = 60
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -103,16 +106,42 @@ def _read_csv(path: Path, source: str, wanted: Wanted) -> Iterator[tuple[str, Ma
 
 
 def _read_parquet(path: Path, source: str, wanted: Wanted) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    names = list(dict.fromkeys(wanted.names))
     try:
-        file = pq.ParquetFile(path)
-        _require_columns(source, tuple(file.schema_arrow.names), wanted)
+        metadata = pq.read_metadata(path)
+        _require_columns(source, tuple(metadata.schema.to_arrow_schema().names), wanted)
+        _refuse_bombs(metadata, source, names)
+        # As dictionaries, a text that is written once and meant a thousand times stays one.
+        file = pq.ParquetFile(path, metadata=metadata, read_dictionary=names)
         row_number = 0
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=list(dict.fromkeys(wanted.names))):
-            for row in batch.to_pylist():
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=names):
+            for row in range(batch.num_rows):
                 row_number += 1
-                yield f"{source} row {row_number}", row
+                where = f"{source} row {row_number}"
+                yield where, {name: _read_value(batch.column(name)[row], where, name) for name in names}
     except (pa.ArrowException, OSError) as error:
         raise BadData(f"{source}: not a readable Parquet file: {str(error).splitlines()[0][:MESSAGE_LIMIT]}") from None
+
+
+def _refuse_bombs(metadata: pq.FileMetaData, source: str, names: list[str]) -> None:
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(index)
+            packed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
+            if chunk.path_in_schema in names and size > max(BOMB_BYTES, BOMB_RATIO * packed):
+                raise BadData(
+                    f"{source} row group {group + 1}: column {quote(chunk.path_in_schema)} is {packed} bytes that unpack to {size}: "
+                    "no text compresses so well"
+                )
+
+
+def _read_value(scalar: pa.Scalar, where: str, column: str) -> object:
+    value = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+    if isinstance(value, pa.StringScalar | pa.LargeStringScalar | pa.BinaryScalar) and value.is_valid:
+        size = value.as_buffer().size
+        if size > LINE_BYTES_LIMIT:
+            raise BadData(f"{where}: column {quote(column)} is longer than {LINE_BYTES_LIMIT // 2**20} MiB")
+    return value.as_py()
 
 
 _READERS: dict[str, Callable[[Path, str, Wanted], Iterator[tuple[str, Mapping[str, Any]]]]] = {
