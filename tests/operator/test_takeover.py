@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
@@ -199,7 +200,7 @@ async def test_a_probe_says_what_is_wrong(scene: Scene, monkeypatch: pytest.Monk
     await first.runtime._take_stock()
     await asyncio.sleep(0.3)
     assert await first.says("/healthz", health=True) == 503
-    assert (await first.probed("/healthz")).startswith("the watches have been silent for 0 s")
+    assert re.match(r"the watches have been silent for \d+ s", await first.probed("/healthz"))
     assert (await first.scraped())["finetune_operator_watch_lag_seconds"] > 0.2
     first.runtime._metrics.api.record(Answer("get", "leases", 0, 1.0))
     assert await first.probed("/healthz") == "ok", "while the API server is away no watch can show anything"
