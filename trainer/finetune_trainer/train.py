@@ -73,8 +73,8 @@ def train(job: Job, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> None
         run.step()
         if run.save_agreed or run.is_finished():
             run.autosave.begin(run.position)
+    run.autosave.finish()  # a generation that was replaced meanwhile ends here, and leaves the result to the other
     run.export()
-    run.autosave.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,8 @@ class Run:
             f" ({SOURCES[resumed.source]})"
         )
         self.reporter.phase(Phase.TRAINING, self.position.step)
+        if resumed.source == ResumeSource.OTHER_JOB:
+            self.autosave.begin(self.position)  # that job may delete it at any time
         self.stop_agreed = self.ranks.sum([float(self.stop.requested)])[0] > 0  # preparing may have taken long
 
     def _require_same_batches(self) -> None:

@@ -1,8 +1,10 @@
 """What ``Checkpoints`` does about crashes, damage, rivals and stores that misbehave: one real engine, one rank, a store in memory."""
 
+import errno
 import logging
 import tempfile
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from finetune_trainer.checkpoint.checkpoints import Checkpoints
 from finetune_trainer.checkpoint.commit import ATTEMPTS
 from finetune_trainer.checkpoint.head import Head, Retention, encode
 from finetune_trainer.checkpoint.manifest import Position
+from finetune_trainer.checkpoint.staging import Slot
 from finetune_trainer.errors import BadConfig, BadData, CheckpointsLost, NoPermission, Stale, StorageUnavailable
 from finetune_trainer.object_store import Ambiguous, MemoryObjectStore, PreconditionFailed
 from tests.trainer.checkpoint.faulty_store import Crash, FaultyStore, IgnoresConditions, Once
@@ -477,6 +480,67 @@ def test_the_best_by_the_evaluation_stays_beside_the_newest(engine, store):
     assert {uri.split("/")[-3] for uri in objects(store, "/checkpoints/")} == {"step-50", "step-20"}
 
 
+def test_a_grade_that_could_not_be_noted_comes_with_the_next_commit(engine, store):
+    """Or the best would fall off the list for want of its grade, and be deleted."""
+    saver = checkpoints(engine, store, 1, keep=1, best="highest")
+    saver.resume()
+    save(engine, saver, 10)
+    store.before = Once("HEAD", StorageUnavailable("away"))
+    saver.grade(10, 0.9)
+    saver.wait()
+    save(engine, saver, 20)
+    saver.grade(20, 0.5)
+    saver.save(position(30))
+    assert [(kept.step, kept.metric) for kept in head(store).kept] == [(30, None), (10, 0.9)]
+    assert len(objects(store, "/step-10/")) == 2
+
+
+@pytest.mark.parametrize("metric", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("best", ["lowest", "highest"])
+def test_what_is_not_finite_is_never_the_best(engine, store, best, metric):
+    saver = checkpoints(engine, store, 1, keep=1, best=best)
+    saver.resume()
+    for step, measured in ((10, 5.0), (20, metric), (30, None)):
+        save(engine, saver, step)
+        if measured is not None:
+            saver.grade(step, measured)
+    saver.wait()
+    assert [(kept.step, kept.metric) for kept in head(store).kept] == [(30, None), (10, 5.0)]
+
+
+def test_a_rollback_waits_for_a_grade_under_way_and_neither_is_lost(engine, store):
+    saver = checkpoints(engine, store, 1, best="highest")
+    saver.resume()
+    save(engine, saver, 10)
+    here, sent = threading.current_thread(), threading.Event()
+
+    def hold(method, uri):
+        if uri.endswith("HEAD") and threading.current_thread() is not here and not sent.is_set():
+            sent.set()
+            time.sleep(0.3)
+
+    store.before = hold
+    saver.grade(10, 0.9)
+    sent.wait(60)
+    assert saver.roll_back(10, (80, 88)) == 1
+    assert (head(store).rollbacks, [kept.metric for kept in head(store).kept]) == (1, [0.9])
+
+
+def test_a_disk_that_is_full_costs_the_copy_in_memory_and_not_the_commit(engine, store, tmp_path, monkeypatch, caplog):
+    saver = checkpoints(engine, store, 1, pod=tmp_path)
+    saver.resume()
+
+    def full(self, seal):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Slot, "seal", full)
+    save(engine, saver, 10)
+    monkeypatch.undo()
+    assert "Step 10 is not kept in memory" in caplog.text
+    assert [kept.step for kept in head(store).kept] == [10]
+    assert checkpoints(engine, store, 2, pod=tmp_path).resume()[1].source == ResumeSource.STORAGE
+
+
 def test_a_rollback_starts_the_next_generation_before_it_and_skips_the_range(engine, two_saved, tmp_path):
     saver = checkpoints(engine, two_saved, 2, pod=tmp_path)
     saver.resume()
@@ -504,6 +568,44 @@ def test_another_job_is_continued_without_writing_there(engine, two_saved):
     assert {uri: body for uri, body in other.objects.items() if "/other/" in uri} == before
     again = checkpoints(engine, other, 2, digest="another recipe", resume_from="s3://bucket/team/other@10")
     assert again.resume()[1].source == ResumeSource.STORAGE, "its own checkpoints come first"
+
+
+def test_another_jobs_optimizer_does_not_override_this_ones(engine, two_saved):
+    (group, *_) = engine.optimizer.param_groups
+    told = {name: group[name] for name in ("weight_decay", "betas", "eps")}
+    group.update(weight_decay=0.25, betas=(0.5, 0.6), eps=1e-3)
+    try:
+        theirs = {uri.replace("/team/job", "/team/other"): body for uri, body in two_saved.objects.items()}
+        two_saved.objects.clear()
+        two_saved.objects.update(theirs)
+        saver = checkpoints(engine, two_saved, 1, digest="another recipe", resume_from="s3://bucket/team/other")
+        assert saver.resume()[0] == position(20)
+        assert (group["weight_decay"], tuple(group["betas"]), group["eps"]) == (0.25, (0.5, 0.6), 1e-3)
+    finally:
+        group.update(told)
+
+
+def test_a_source_that_deletes_while_it_is_read_is_read_again(engine, two_saved):
+    """Its job still runs, and keeps no more than it was told to."""
+    source = "s3://bucket/team/other"
+    ours = FaultyStore()
+    ours.objects.update({uri.replace("/team/job", "/team/other"): body for uri, body in two_saved.objects.items()})
+    theirs = checkpoints(engine, two_saved, 2, keep=1)
+    theirs.resume()
+    save(engine, theirs, 30)
+    later = {uri.replace("/team/job", "/team/other"): body for uri, body in two_saved.objects.items()}
+    read = ours.get
+
+    def get(uri, *part):
+        if uri.endswith("manifest.json") and f"{source}/checkpoints/step-20/" in uri:
+            ours.objects.clear()
+            ours.objects.update(later)
+        return read(uri, *part)
+
+    ours.get = get
+    saver = checkpoints(engine, ours, 1, digest="another recipe", resume_from=source)
+    assert saver.resume()[0] == position(30)
+    assert marks(engine) == {30.0}
 
 
 @pytest.mark.parametrize(

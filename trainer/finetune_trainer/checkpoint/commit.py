@@ -92,15 +92,15 @@ class HeadWriter:
         """
         self._decide(Swap(self._generation, Fence(), owned=self._owned, last=self._last))
 
-    def commit(self, new: Kept) -> Head:
-        """Put a checkpoint at the front of the list and return the new ``HEAD``.
+    def commit(self, new: Kept, grades: tuple[tuple[int, float], ...] = ()) -> Head:
+        """Put a checkpoint at the front of the list and return the new ``HEAD``; ``grades``: what evaluations of steps gave.
 
         Raises:
             Stale: a higher generation has taken over.
             CheckpointsLost: somebody deleted ``HEAD``.
             StorageUnavailable: whether it happened could not be found out; it may yet happen.
         """
-        return self._settle(Add(new, self._retention))
+        return self._settle(Add(new, self._retention, grades))
 
     def drop(self, lost: tuple[Kept, ...]) -> Head:
         """Take checkpoints that cannot be loaded off the list and return the new ``HEAD``."""

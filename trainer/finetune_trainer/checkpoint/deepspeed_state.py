@@ -136,18 +136,24 @@ def begin_restore(engine: Any) -> None:
 
 
 @torch.no_grad()
-def finish_restore(engine: Any, saved: Json) -> None:
-    """Make everything else agree with the values that ``held`` views now have. Collective."""
+def finish_restore(engine: Any, saved: Json, *, own: bool = True) -> None:
+    """Make everything else agree with the values that ``held`` views now have. Collective.
+
+    ``own``: the numbers are of a job with the same recipe. Of another one's, what its optimizer was told (decay, betas) is left out: this
+    job's says otherwise, perhaps.
+    """
     _restore_adam_step(engine, int(saved["adamStep"]))
     _restore_working_copies(engine)
-    for group, values in zip(_base_optimizer(engine).param_groups, saved["parameterGroups"], strict=True):
-        known = {key: value for key, value in values.items() if key in group}
-        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+    if own:
+        for group, values in zip(_base_optimizer(engine).param_groups, saved["parameterGroups"], strict=True):
+            known = {key: value for key, value in values.items() if key in group}
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
     if saved["schedule"] is not None and engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(saved["schedule"])
     scaler, autocast_scaler = _scalers(engine)
     _set_known(engine, saved["counters"])
-    _set_known(scaler, saved["lossScale"])
+    if own or "cur_iter" in saved["lossScale"]:  # else it is the 1 of a precision that needs no scale
+        _set_known(scaler, saved["lossScale"])
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     if saved["autocastLossScale"] and autocast_scaler is not None:
         autocast_scaler.load_state_dict(saved["autocastLossScale"])

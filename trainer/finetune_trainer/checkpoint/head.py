@@ -19,6 +19,8 @@ searches every interleaving of two generations with lost and late writes.
 """
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -76,7 +78,7 @@ class Retention:
     def retained(self, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
         """Return what stays of checkpoints that are listed newest first."""
         newest, rest = kept[: self.keep], kept[self.keep :]
-        graded = [entry for entry in kept if entry.metric is not None]
+        graded = [entry for entry in kept if entry.metric is not None and math.isfinite(entry.metric)]
         if self.best is None or not graded:
             return newest
         best = (max if self.best == "highest" else min)(graded, key=lambda entry: entry.metric or 0.0)
@@ -94,15 +96,16 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Commit a checkpoint."""
+    """Commit a checkpoint, and with it what evaluations gave that could not be noted before."""
 
     new: Kept
     retention: Retention
+    grades: tuple[tuple[int, float], ...] = ()
 
     def apply(self, head: Head) -> Head:
         """Return the content afterwards."""
         kept = (self.new, *(old for old in head.kept if old.manifest != self.new.manifest))
-        return replace(head, kept=self.retention.retained(kept))
+        return replace(head, kept=self.retention.retained(_graded(kept, dict(self.grades))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +118,11 @@ class Grade:
 
     def apply(self, head: Head) -> Head:
         """Return the content afterwards."""
-        graded = tuple(replace(old, metric=self.metric) if old.step == self.step else old for old in head.kept)
-        return replace(head, kept=self.retention.retained(graded))
+        return replace(head, kept=self.retention.retained(_graded(head.kept, {self.step: self.metric})))
+
+
+def _graded(kept: tuple[Kept, ...], grades: Mapping[int, float]) -> tuple[Kept, ...]:
+    return tuple(replace(old, metric=grades.get(old.step, old.metric)) for old in kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,8 @@ class Drop:
 
     def apply(self, head: Head) -> Head:
         """Return the content afterwards."""
-        return replace(head, kept=tuple(old for old in head.kept if old not in self.lost))
+        lost = {one.manifest for one in self.lost}
+        return replace(head, kept=tuple(old for old in head.kept if old.manifest not in lost))
 
 
 def last_good(kept: tuple[Kept, ...], suspect_from: int) -> int:

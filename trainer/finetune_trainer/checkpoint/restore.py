@@ -91,7 +91,13 @@ class Restorer:
                 f"spec.checkpoint.resumeFrom: there is no checkpoint {f'of step {step} ' if step else ''}below {prefix}; "
                 f"steps there: {steps}"
             )
-        return self.newest(prefix, wanted, recipe_digest=None)
+        try:
+            return self.newest(prefix, wanted, recipe_digest=None)
+        except BadData:  # a job that still runs has deleted them meanwhile, perhaps, and listed others
+            newer = [kept for kept in self._ranks.first(partial(self._listed, prefix)) if kept not in wanted]
+            if step or not newer:
+                raise
+            return self.newest(prefix, newer, recipe_digest=None)
 
     def _listed(self, prefix: str) -> tuple[Kept, ...]:
         uri = f"{prefix}/{HEAD_KEY}"
@@ -110,7 +116,7 @@ class Restorer:
         self._require_same_job(manifest, f"{prefix}/{kept.manifest}", recipe_digest)
         state.begin_restore(self._engine)
         self._read(f"{prefix}/{kept.folder}", manifest)
-        state.finish_restore(self._engine, manifest.scalars)
+        state.finish_restore(self._engine, manifest.scalars, own=recipe_digest is not None)
         return manifest
 
     def _read(self, folder_uri: str, manifest: Manifest) -> None:

@@ -10,6 +10,7 @@ next one that is due tries again. Only a generation that has been replaced ends 
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -109,6 +110,8 @@ class Saver:
         self._failed: list[str] = []
         self._is_lost = False
         self._under_way: deque[_UnderWay] = deque()
+        self._ungraded: dict[int, float] = {}  # by step: what HEAD does not have yet; touched by the background alone
+        self._grading: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "saver", initializer=_yield_to_training)
 
     def has_room(self) -> bool:
@@ -133,8 +136,9 @@ class Saver:
         self._submit(slot, seal, lambda: seal.shard)
 
     def grade(self, step: int, metric: float) -> None:
-        """Note beside training, after the saves under way, what the evaluation of a step gave."""
-        self._thread.submit(self._grade, step, metric)
+        """Note beside training, after the saves under way, what the evaluation of a step gave. What is not finite is no grade."""
+        if self._ranks.rank == 0 and math.isfinite(metric):
+            self._grading = self._thread.submit(self._grade, step, metric)
 
     def outcomes(self) -> list[Outcome]:
         """Return how saves ended that were not returned before.
@@ -148,12 +152,12 @@ class Saver:
         return ended
 
     def wait(self, alive: Callable[[], None]) -> list[Outcome]:
-        """Wait for all saves under way and return what :meth:`outcomes` does."""
-        for save in self._under_way:
-            while not save.outcome.done():
+        """Wait for all that is under way, so that nobody else has a hand on ``HEAD``, and return what :meth:`outcomes` does."""
+        for future in (*(save.outcome for save in self._under_way), *([self._grading] if self._grading else ())):
+            while not future.done():
                 alive()
                 try:
-                    save.outcome.exception(BEAT_SECONDS)
+                    future.exception(BEAT_SECONDS)
                 except NotYet:
                     continue
         return self.outcomes()
@@ -190,7 +194,12 @@ class Saver:
         """Say what the buffer holds, now that it is hashed."""
         name = f"rank-{seal.rank:05}.safetensors"
         shard = Shard(name, self._layout.size_bytes, chunk_digests(slot.buffer), self._layout.intervals)
-        slot.seal(replace(seal, shard=shard))
+        try:
+            slot.seal(replace(seal, shard=shard))
+        except (
+            OSError
+        ) as error:  # a full disk: it is committed all the same, but the next incarnation cannot use this buffer
+            log.warning("Step %d is not kept in memory for the next start: %s", seal.position.step, error)
         return shard
 
     def _upload(self, slot: Slot, seal: Seal, folder: str, shard: Shard) -> tuple[Any, Json]:
@@ -220,19 +229,23 @@ class Saver:
             size_bytes=manifest.size_bytes + len(body),
             commit_time=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         )
-        self._settled(self._head_writer.commit(kept))
+        self._settled(self._head_writer.commit(kept, grades=tuple(self._ungraded.items())))
+        self._ungraded.clear()
         if not self._orphans_deleted:
             delete_orphans(self._store, self._prefix, self._head)
             self._orphans_deleted = True
         return kept
 
     def _grade(self, step: int, metric: float) -> None:
-        if self._ranks.rank != 0:
-            return
+        self._ungraded[step] = metric
         try:
             self._settled(self._head_writer.grade(step, metric))
-        except TrainingError as error:  # the next commit meets the same error, and says so on all ranks
-            log.warning("The evaluation of step %d could not be noted in HEAD: %s", step, error)
+        except (
+            TrainingError
+        ) as error:  # the next commit takes it along, or meets the same error and says so on all ranks
+            log.warning("The evaluation of step %d could not be noted in HEAD yet: %s", step, error)
+        else:
+            del self._ungraded[step]
 
     def _settled(self, head: Head) -> None:
         """Delete what a swap took off the list, and what saves that failed before it have left."""
