@@ -4,9 +4,12 @@ FINETUNE_OPERATOR_CONFIG   path of the file, default /etc/finetune-operator/conf
 """
 
 import os
-from ipaddress import ip_network
+import socket
+from contextlib import suppress
+from ipaddress import IPv4Address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, Field, model_validator
@@ -28,6 +31,18 @@ def _checked_network(text: str) -> str:
 
 def _checked_quantity(text: str) -> str:
     quantity_value(text)
+    return text
+
+
+def _checked_endpoint(text: str) -> str:
+    """Refuse what is the node's own, however it is written: a metadata service gives away the node's credentials."""
+    host = urlsplit(text).hostname or ""
+    with suppress(OSError):  # a name, and no address
+        address = IPv4Address(socket.inet_aton(host))
+        if address.is_link_local or address.is_loopback:
+            raise ValueError(f"{text} is link-local or loopback, where no store of a cluster is")
+    if host in ("localhost", "metadata.google.internal") or host.endswith(".localhost"):
+        raise ValueError(f"{text} names the pod or the node itself")
     return text
 
 
@@ -61,6 +76,8 @@ class Profile(ApiModel):
     """What each pod gets beside what the job asks for, such as devices of a fabric and huge pages."""
     allowed_endpoints: tuple[str, ...] | None = None
     """Of the endpoints that jobs may name, those for jobs with this profile. Default: all."""
+    restricted: bool = False
+    """Only for who has the verb use on it. For admission, which the chart's policy and roles see to; the operator does not look."""
 
     @model_validator(mode="after")
     def _adds_and_replaces_nothing(self) -> Self:
@@ -114,7 +131,7 @@ class Settings(ApiModel):
     """Default: the kubelet's own rule."""
     watch_namespaces: tuple[str, ...] = ()
     """Namespaces to serve; empty means all."""
-    allowed_endpoints: tuple[str, ...] = (AMAZON_S3,)
+    allowed_endpoints: tuple[Annotated[str, AfterValidator(_checked_endpoint)], ...] = (AMAZON_S3,)
     """Endpoints that jobs may name; amazon-s3 stands for jobs that name none."""
     allowed_resume_prefixes: tuple[Literal["*"] | StorageUri, ...] = ()
     """Where else checkpoint.resumeFrom may point, besides the job's own storage.uri/namespace/; * means anywhere."""

@@ -19,6 +19,7 @@ from tests.cluster.console import ClusterError
 from tests.cluster.installation import CRDS_RELEASE, SYSTEM_NAMESPACE
 
 PATIENCE_SECONDS = 30.0  # for policies and rights, which the API server learns of by its own watches
+RBAC = "rbac.authorization.k8s.io"
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,20 @@ class Installation:
     def allow(self, user: str, name: str, *rules: dict[str, Any]) -> None:
         """Give a user a Role in the tenant's namespace."""
         meta = {"name": f"{user}-{name}", "namespace": self.tenant}
-        group = "rbac.authorization.k8s.io"
-        self.cluster.apply(
-            [
-                {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": meta, "rules": list(rules)},
-                {
-                    "apiVersion": f"{group}/v1",
-                    "kind": "RoleBinding",
-                    "metadata": meta,
-                    "roleRef": {"apiGroup": group, "kind": "Role", "name": meta["name"]},
-                    "subjects": [{"apiGroup": group, "kind": "User", "name": user}],
-                },
-            ]
-        )
+        role = {"apiVersion": f"{RBAC}/v1", "kind": "Role", "metadata": meta, "rules": list(rules)}
+        self.cluster.apply(role)
+        self.bind(user, meta["name"], kind="Role")
+
+    def bind(self, user: str, role: str, *, kind: str = "ClusterRole") -> None:
+        """Bind a user to a role in the tenant's namespace."""
+        binding = {
+            "apiVersion": f"{RBAC}/v1",
+            "kind": "RoleBinding",
+            "metadata": {"name": f"{user}-{role}", "namespace": self.tenant},
+            "roleRef": {"apiGroup": RBAC, "kind": kind, "name": role},
+            "subjects": [{"apiGroup": RBAC, "kind": "User", "name": user}],
+        }
+        self.cluster.apply(binding)
 
 
 @pytest.fixture(scope="module")

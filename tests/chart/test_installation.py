@@ -109,6 +109,28 @@ def test_a_user_who_may_use_the_service_account_is_accepted(
     acceptance(lambda: installation.as_user(user, *CREATE, job=job(serviceAccountName="trainer")))
 
 
+# Who may name a profile
+
+
+def test_a_profile_is_for_who_may_use_it(installation: Installation, acceptance: Wait, refusal: Wait) -> None:
+    def with_profile(name: str) -> dict[str, Any]:
+        return changed(script_job("profiled"), {"spec.workers": {"profile": name}})
+
+    installation.install("--set", "profiles.gpu.image=a", "--set", "profiles.big.image=a,profiles.big.restricted=true")
+    installation.allow("olivia", "jobs", JOBS)
+    installation.bind("peter", "edit")
+    installation.bind("quentin", "edit")
+    use = {"apiGroups": ["finetune.dev"], "resources": ["profiles"], "verbs": ["use"], "resourceNames": ["big"]}
+    installation.allow("quentin", "profile", use)
+    said = refusal(lambda: installation.as_user("olivia", *CREATE, job=with_profile("gpu")))
+    assert 'spec.workers.profile: user "olivia" may not use profile "gpu"' in said
+    assert "verb use on resource profiles.finetune.dev" in said
+    acceptance(lambda: installation.as_user("olivia", *CREATE, job=with_profile("default")))
+    acceptance(lambda: installation.as_user("peter", *CREATE, job=with_profile("gpu")))
+    assert '"big"' in refusal(lambda: installation.as_user("peter", *CREATE, job=with_profile("big")))
+    acceptance(lambda: installation.as_user("quentin", *CREATE, job=with_profile("big")))
+
+
 # Jobs that are there
 
 
@@ -245,17 +267,8 @@ def test_the_api_server_takes_every_object_as_it_is_written(
 def test_who_may_view_or_edit_a_namespace_may_do_so_with_its_jobs(
     installation: Installation, acceptance: Wait, refusal: Wait
 ) -> None:
-    group = "rbac.authorization.k8s.io"
-    for user, role in (("ivan", "view"), ("judy", "edit")):
-        installation.cluster.apply(
-            {
-                "apiVersion": f"{group}/v1",
-                "kind": "RoleBinding",
-                "metadata": {"name": user, "namespace": installation.tenant},
-                "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": role},
-                "subjects": [{"apiGroup": group, "kind": "User", "name": user}],
-            }
-        )
+    installation.bind("ivan", "view")
+    installation.bind("judy", "edit")
     jobs = "finetunejobs.finetune.dev"
 
     def ask(user: str, verb: str, *more: str) -> Callable[[], str]:

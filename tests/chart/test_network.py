@@ -22,6 +22,7 @@ from finetune_operator.settings import Settings
 from tests.chart.helm import NAMESPACE, OPERATOR, RELEASE, example, find, render
 from tests.chart.network_rules import Place, may_connect
 from tests.operator.documents import a_job
+from tests.operator.documents import settings as a_settings
 
 ONE = a_job(uid="11111aaa-0000-4000-8000-000000000001", namespace="team-a", name="one")
 TWO = a_job(uid="22222aaa-0000-4000-8000-000000000002", namespace="team-a", name="two")
@@ -151,6 +152,26 @@ def test_without_access_from_outside_everything_needed_works_and_nothing_else() 
         ("operator", "somewhere", 53, "UDP"),
     ]:
         assert not tight.may(source, target, port, protocol)
+
+
+def test_a_store_on_443_opens_443_wherever_the_store_may_be_and_nowhere_else() -> None:
+    """By default that is everywhere, the API server included: the reason to list the ranges of the store."""
+    storage = ONE.spec.storage.model_copy(update={"endpoint": None})
+    amazon = ONE.model_copy(update={"spec": ONE.spec.model_copy(update={"storage": storage})})
+    config = a_settings()
+    places = {
+        "rank 0": training_pod(amazon, 0, config),
+        "API server": Place("198.51.100.10"),
+        "store": Place("192.0.2.7"),
+    }
+
+    def reached(cidr: str) -> set[str]:
+        policy = render_network_policy(amazon, config.model_copy(update={"storage_cidrs": (cidr,)}))
+        opened = Site([policy], places)
+        return {target for target in ("API server", "store") if opened.may("rank 0", target, 443)}
+
+    assert reached("0.0.0.0/0") == {"API server", "store"}
+    assert reached("192.0.2.0/24") == {"store"}
 
 
 def test_only_pods_of_namespaces_that_are_served_reach_the_job_server() -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.console import ClusterError, say, step
-from tests.cluster.installation import ROOT, SYSTEM_NAMESPACE, Images, install_operator
+from tests.cluster.installation import CRDS_RELEASE, RELEASE, ROOT, SYSTEM_NAMESPACE, Images, install_operator
 
 NAMESPACE = "team-a"
 JOB = "sentiment"
@@ -64,7 +64,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="finetune-demo-") as folder:
             target = _own_cluster(arguments.context, Path(folder)) if arguments.context else None
-            return _demo(target)
+            return _demo(target, arguments.context)
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -73,7 +73,7 @@ def main() -> int:
         return 130
 
 
-def _demo(target: Target | None) -> int:
+def _demo(target: Target | None, context: str | None) -> int:
     began = time.monotonic()
     if target is None:
         target = _this_machine()
@@ -88,7 +88,7 @@ def _demo(target: Target | None) -> int:
         return 1
     _show_result(target, status, baselines)
     print(f"\nThe whole demo took {time.monotonic() - began:.0f} s.")
-    _say_how_to_look(target)
+    _say_how_to_look(target, context)
     return 0
 
 
@@ -223,17 +223,27 @@ def _show_result(target: Target, status: Mapping[str, Any], baselines: str) -> N
     )
 
 
-def _say_how_to_look(target: Target) -> None:
+def _say_how_to_look(target: Target, context: str | None) -> None:
+    kubectl = f"kubectl --context {context}" if context else "kubectl"
+    print("\nLook around:")
+    if context is None:
+        print(f"  export KUBECONFIG={target.environment['KUBECONFIG']}")
     print(
-        f"""
-Look around:
-  export KUBECONFIG={target.environment["KUBECONFIG"]}
-  kubectl get ftj -A
-  kubectl get ftj {JOB} -n {NAMESPACE} -o yaml
-  kubectl logs -n {NAMESPACE} -l finetune.dev/job={JOB} -c trainer --prefix
-  kubectl logs -n {SYSTEM_NAMESPACE} -l finetune.dev/leader=true
-(`python -m tests.cluster shell` has kubectl, helm and the store's credentials set up.)
-Take it down: make demo-down"""
+        f"""  {kubectl} get ftj -A
+  {kubectl} get ftj {JOB} -n {NAMESPACE} -o yaml
+  {kubectl} logs -n {NAMESPACE} -l finetune.dev/job={JOB} -c trainer --prefix
+  {kubectl} logs -n {SYSTEM_NAMESPACE} -l finetune.dev/leader=true"""
+    )
+    if context is None:
+        print("(`python -m tests.cluster shell` has kubectl, helm and the store's credentials set up.)")
+        print("Take it down: make demo-down")
+        return
+    print(
+        f"""Take it down; the model and the checkpoints in the store stay:
+  {kubectl} delete namespace {NAMESPACE}
+  helm --kube-context {context} uninstall {RELEASE} -n {SYSTEM_NAMESPACE}
+  helm --kube-context {context} uninstall {CRDS_RELEASE} -n {SYSTEM_NAMESPACE}    # keeps the CRD, and with it all jobs
+  {kubectl} delete crd finetunejobs.finetune.dev    # deletes all jobs of the cluster"""
     )
 
 

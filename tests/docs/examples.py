@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from finetune_api.job import parse_job
 from tests.api.manifests import recipe_job, script_job
 from tests.docs import known
-from tests.docs.pages import Block
+from tests.docs.pages import ROOT, Block
 
 OTHERS = {"PyTorchJob", "TrainJob"}  # shown for comparison, and only parsed
 
@@ -44,5 +45,16 @@ def check_yaml(block: Block) -> None:
             unknown = [name for name in document if name not in known.chart_values()]
             if unknown:
                 raise ValueError(f"{block}: neither a piece of a job nor values of the chart: {unknown}")
+        elif kind == "Role":
+            _check_role(block, document)
         elif kind not in OTHERS:
             raise ValueError(f"{block}: nobody has said how to check a {kind}")
+
+
+def _check_role(block: Block, role: Mapping[str, Any]) -> None:
+    """Profiles are no objects: the name stands for them in the chart's policy, and a wrong one would grant nothing."""
+    policy = (ROOT / "charts/finetune-operator/templates/admission-policy.yaml").read_text()
+    for rule in role["rules"]:
+        for group, resource, verb in itertools.product(rule["apiGroups"], rule["resources"], rule["verbs"]):
+            if f"group('{group}').resource('{resource}')" not in policy or f"check('{verb}')" not in policy:
+                raise ValueError(f"{block}: admission asks for no right to {verb} {resource} of {group!r}")

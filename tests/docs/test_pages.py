@@ -136,6 +136,7 @@ WRONG_YAML = {
     "a value that a job does not take": "spec: {recipe: {training: {precision: INT4}}}",
     "a job without a recipe": "{kind: FineTuneJob, metadata: {name: x}, spec: {}}",
     "a value that the chart does not have": "allowedEndpoint: [amazon-s3]",
+    "a right that nothing asks for": "{kind: Role, rules: [{apiGroups: [finetune.dev], resources: [profile], verbs: [use]}]}",
     "a kind that nobody has described": "{kind: Pod, metadata: {name: x}}",
 }
 

@@ -217,3 +217,11 @@ def test_followed_who_may_not_read_is_told_at_once(followed: StandIn):
     followed.on(f"{PODS}/a/log", refusal(403, "cannot get resource pods/log"))
     ran = finetune(followed.kubeconfig, "logs", "sentiment", "--follow")
     assert (ran.code, ran.stderr) == (2, "error: cannot get resource pods/log\n")
+
+
+@pytest.mark.parametrize("of", [("--rank", "0"), ("--attempt", "1")], ids=["a rank", "an attempt"])
+def test_followed_the_newest_lines_are_those_of_all(job: StandIn, of: tuple[str, str]):
+    """The API server counts them, before one can tell whose they are."""
+    ran = finetune(job.kubeconfig, "logs", "sentiment", "--follow", "--tail", "5", *of)
+    assert ran.code == 2
+    assert "--tail counts the lines of all ranks" in ran.stderr

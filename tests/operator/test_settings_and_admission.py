@@ -75,6 +75,24 @@ def test_settings_that_are_refused_by_the_name_of_their_field(read, text: str, f
     assert field in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://169.254.169.254",
+        "http://2852039166",
+        "http://0xA9FEA9FE:80",
+        "http://127.0.0.1:9000",
+        "http://127.1",
+        "http://localhost:9000",
+        "http://s3.localhost",
+        "http://metadata.google.internal",
+    ],
+)
+def test_no_store_is_the_node_itself(read, endpoint: str) -> None:
+    with pytest.raises(ValueError, match="allowedEndpoints"):
+        read(f"{SETTINGS}\nallowedEndpoints: ['{endpoint}']")
+
+
 def test_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CONFIG_VARIABLE, "/nowhere/config.yaml")
     with pytest.raises(FileNotFoundError, match="/nowhere"):

@@ -152,6 +152,10 @@ def logs(
     """Print what the ranks have printed, in the order of time. A pod that was replaced has taken its log with it."""
     job = jobs.get(name)
     choose = functools.partial(chosen, rank=rank, attempt=attempt)
+    if follow and tail is not None and (rank is not None or attempt is not None):
+        raise typer.BadParameter(
+            "with --follow, --tail counts the lines of all ranks: leave out --rank and --attempt, or --tail"
+        )
     if follow:
         Follower(jobs, job, choose=choose, tail=tail, tagged=rank is None).show()
         return
