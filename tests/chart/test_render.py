@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,36 @@ def test_the_operators_own_pods_pass_the_restricted_standard(values: Path) -> No
 
 
 # Replicas
+
+
+# What linters of manifests ask of a workload, by their names for it.
+ASKED_BY_LINTERS: dict[str, Callable[[dict[str, Any], dict[str, Any]], bool]] = {
+    "no-liveness-probe, no-readiness-probe": lambda _, c: (
+        {"livenessProbe", "readinessProbe", "startupProbe"} <= c.keys()
+    ),
+    "unset-cpu-requirements": lambda _, c: "cpu" in c["resources"]["requests"],
+    "unset-memory-requirements": lambda _, c: (
+        "memory" in c["resources"]["requests"] and "memory" in c["resources"]["limits"]
+    ),
+    "no-read-only-root-fs": lambda _, c: c["securityContext"]["readOnlyRootFilesystem"] is True,
+    "drop-capabilities": lambda _, c: c["securityContext"]["capabilities"] == {"drop": ["ALL"]},
+    "privilege-escalation-container": lambda _, c: c["securityContext"]["allowPrivilegeEscalation"] is False,
+    "latest-tag": lambda _, c: re.search(r"(@sha256:[0-9a-f]{64}|:(?!latest$)[\w.-]+)$", c["image"]) is not None,
+    "env-var-secret": lambda _, c: not any("secretKeyRef" in e.get("valueFrom", {}) for e in c.get("env", ())),
+    "run-as-non-root": lambda pod, _: pod["securityContext"]["runAsNonRoot"] is True,
+    "default-service-account": lambda pod, _: pod["serviceAccountName"] not in ("", "default"),
+    "host-network, host-pid, host-ipc": lambda pod, _: not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys(),
+    "hostPath": lambda pod, _: not any("hostPath" in volume for volume in pod["volumes"]),
+    "dangling-ports": lambda _, c: all(port.get("name") for port in c["ports"]),
+}
+
+
+@pytest.mark.parametrize("values", OPERATOR.glob("ci/*-values.yaml"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("rule", ASKED_BY_LINTERS)
+def test_linters_of_manifests_find_nothing(values: Path, rule: str) -> None:
+    pod = find(render(OPERATOR, "--values", values), "Deployment", RELEASE)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert ASKED_BY_LINTERS[rule](pod, container), container
 
 
 def test_a_replica_is_ready_before_another_goes_and_knows_who_it_is() -> None:
