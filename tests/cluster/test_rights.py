@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import yaml
 
 from tests.cluster import Cluster
 from tests.cluster.audit import Access, Grant, accesses, grants, uncovered, unused
-from tests.cluster.installation import RELEASE, SYSTEM_NAMESPACE
+from tests.cluster.installation import RELEASE, SYSTEM_NAMESPACE, install_on, uninstall_operator
+from tests.cluster.jobs import submit
+from tests.cluster.training_inputs import script_spec
 
 ACCOUNT = f"system:serviceaccount:{SYSTEM_NAMESPACE}:{RELEASE}"
 FILES = {path.name for path in Path(__file__).parent.glob("test_*.py")}
@@ -24,12 +27,20 @@ RARE = {
 
 @pytest.fixture
 def log(operator: Cluster) -> list[str]:
-    return operator.control_plane.audit_log.read_text().splitlines()
+    return log_of(operator)
 
 
 @pytest.fixture
 def granted(operator: Cluster) -> set[Grant]:
-    manifest = operator.helm("get", "manifest", RELEASE, "--namespace", SYSTEM_NAMESPACE)
+    return granted_by_the_release(operator)
+
+
+def log_of(cluster: Cluster) -> list[str]:
+    return cluster.control_plane.audit_log.read_text().splitlines()
+
+
+def granted_by_the_release(cluster: Cluster) -> set[Grant]:
+    manifest = cluster.helm("get", "manifest", RELEASE, "--namespace", SYSTEM_NAMESPACE)
     return grants([item for item in yaml.safe_load_all(manifest) if item], ACCOUNT)
 
 
@@ -50,3 +61,23 @@ def test_it_may_do_nothing_that_it_does_not(
     if not {item.path.name for item in request.session.items} >= FILES:
         pytest.skip("only after all tests of this folder has everything been tried")
     assert unused(granted, accesses(log, ACCOUNT)) - RARE.keys() == set()
+
+
+@pytest.mark.long
+def test_in_a_namespace_of_its_own_it_serves_jobs_with_that_namespaces_rights(
+    operator: Cluster, namespace: str
+) -> None:
+    uninstall_operator(operator)
+    before = len(log_of(operator))
+    try:
+        install_on(operator, {"watchNamespaces": [namespace]})
+        job = submit(operator, namespace, "at-home", script_spec(operator, "pass"))
+        job.wait_for_phase("Succeeded")
+        job.delete()
+        granted, asked = granted_by_the_release(operator), accesses(log_of(operator)[before:], ACCOUNT)
+    finally:
+        uninstall_operator(operator)
+        install_on(operator)
+    assert uncovered(asked, granted) == set()
+    assert {grant.namespace for grant in granted if grant.resource == "pods"} == {namespace, SYSTEM_NAMESPACE}
+    assert Access("create", "", "pods", namespace) in {replace(access, name="") for access in asked}
