@@ -69,7 +69,7 @@ class Gang:
         pid = self.pids[rank]
         try:
             process = os.pidfd_open(pid)
-        except ProcessLookupError:
+        except (ProcessLookupError, FileNotFoundError):  # the latter while the kernel takes it apart
             return
         try:
             signal.pidfd_send_signal(process, signal.SIGKILL)
