@@ -18,6 +18,7 @@ from finetune_trainer.checkpoint.fetch import Broken, fill
 from finetune_trainer.checkpoint.head import Kept, Unreadable, decode
 from finetune_trainer.checkpoint.manifest import Manifest, Position
 from finetune_trainer.checkpoint.ranks import Ranks
+from finetune_trainer.checkpoint.trained_on import Sources, require_same_base, require_unchanged
 from finetune_trainer.errors import BadConfig, BadData
 from finetune_trainer.object_store import ObjectMissing, ObjectStore
 
@@ -38,12 +39,13 @@ class Restored:
 
 
 class Restorer:
-    """Puts an engine into the state of a checkpoint. Called by all ranks together."""
+    """Puts an engine into the state of a checkpoint. Called by all ranks together. ``sources`` is what the job reads now."""
 
-    def __init__(self, *, engine: Any, store: ObjectStore, ranks: Ranks) -> None:
+    def __init__(self, *, engine: Any, store: ObjectStore, ranks: Ranks, sources: Sources) -> None:
         self._engine = engine
         self._store = store
         self._ranks = ranks
+        self._sources = sources
 
     def newest(self, prefix: str, listed: Sequence[Kept], *, recipe_digest: str | None) -> Restored:
         """Restore the first checkpoint of the list that can be read.
@@ -55,7 +57,7 @@ class Restorer:
 
         Raises:
             BadConfig: a checkpoint belongs to another recipe or model.
-            BadData: none can be read.
+            BadData: none can be read, or the job reads other data, or another model, than it was trained on.
             NoPermission, StorageUnavailable: what there is cannot be told.
         """
         broken: dict[Kept, str] = {}
@@ -144,5 +146,7 @@ class Restorer:
                 f"checkpoint {uri} belongs to another recipe ({manifest.recipe_digest}, this one is {recipe_digest}): "
                 "a recipe cannot change while its checkpoints are continued; start a new job"
             )
+        require = require_unchanged if recipe_digest is not None else require_same_base
+        require(manifest.sources, self._sources, uri)
         if not manifests.same_parameters(manifest.parameters, state.trainable_parameters(self._engine)):
             raise BadConfig(f"checkpoint {uri} has other trainable parameters than the model: did the source change?")
