@@ -13,6 +13,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from finetune_api.recipe import Initialization, Recipe, TuningMethod
 from finetune_trainer.checkpoint import trained_on
+from finetune_trainer.checkpoint.lost_bucket import gone_is_lost
 from finetune_trainer.checkpoint.trained_on import Group
 from finetune_trainer.data.batches import BatchPlan, default_micro_batch_size
 from finetune_trainer.data.encoded import open_encoded
@@ -72,7 +73,8 @@ def prepare(job: Job, ranks: Ranks, alive: Callable[[], None]) -> Prepared:
     recipe, task = job.recipe, task_of(job.recipe)
     ranks.together(lambda: require_precision(recipe.training.precision))
     store = S3ObjectStore(endpoint=job.storage.endpoint)
-    sources = ranks.once(lambda: _pin(job, store))
+    with gone_is_lost(job.storage.prefix, has_checkpoint=job.has_checkpoint):  # data may lie in the same bucket
+        sources = ranks.once(lambda: _pin(job, store))
     folder = ranks.once_per_node(lambda: fetch_model(sources.model, store, job.scratch))
     tokenizer = ranks.together(lambda: load_tokenizer(folder, sources.model.uri))
     config = ranks.together(

@@ -23,6 +23,7 @@ from finetune_trainer.checkpoint.commit import HeadWriter
 from finetune_trainer.checkpoint.conditional_writes import require_conditional_writes
 from finetune_trainer.checkpoint.fetch import Broken
 from finetune_trainer.checkpoint.head import Head, Retention, last_good
+from finetune_trainer.checkpoint.lost_bucket import gone_is_lost
 from finetune_trainer.checkpoint.manifest import Position, Shard
 from finetune_trainer.checkpoint.memory import restore_from_memory
 from finetune_trainer.checkpoint.ranks import Ranks
@@ -224,7 +225,8 @@ class Checkpoints:
         return self._saver
 
     def _fence(self) -> Head:
-        require_conditional_writes(self._store, self._prefix)
+        with gone_is_lost(self._prefix, has_checkpoint=self._has_checkpoint):
+            require_conditional_writes(self._store, self._prefix)
         head = self._head_writer.fence()
         abort_uploads(self._store, self._prefix, self._generation)
         return head
