@@ -8,6 +8,8 @@ from tests.trainer.launch import Case
 from tests.trainer.recipes import classification, language_modelling
 
 LORA = {"method": "LoRA", "rank": 4, "alpha": 8, "dropout": 0.1}
+BUCKET = "s3://jobs"
+"""The bucket of the launches of conftest.py."""
 EVERY_SIX = {"metrics": ["Accuracy", "MacroF1"], "everySteps": 6}
 
 
@@ -50,6 +52,9 @@ def cases_of_one_rank(files: Path) -> dict[str, Case]:
         "language-model": Case(language_modelling(files)),
         "language-model-lora": Case(language_modelling(files, tuning=LORA)),
         "emptied": Case(classification(files), generation=2, has_checkpoint=True),
+        **gone(files),
+        **changed_data(files),
+        **changed_base(files),
         "one-epoch": Case(
             classification(files, training={"epochs": 1, "steps": None, "microBatchSize": None}, evaluation=None)
         ),
@@ -64,6 +69,57 @@ def poisoned(files: Path, prefix: str) -> dict[str, Case]:
     return {
         f"{prefix}-{generation}": Case(recipe, prefix=prefix, generation=generation, checkpoint={"intervalSteps": 3})
         for generation in (1, 2)
+    }
+
+
+def gone(files: Path) -> dict[str, Case]:
+    """Two jobs that were stopped after three steps: of one the whole bucket is deleted then, of the other all below HEAD."""
+    recipe, later = classification(files), {"generation": 2, "has_checkpoint": True}
+    return {
+        "gone-bucket-1": Case(
+            recipe, bucket="s3://gone", prefix="job", stop_at_look=4, before=(("makes_bucket", "gone"),)
+        ),
+        "gone-bucket-2": Case(recipe, bucket="s3://gone", prefix="job", before=(("deletes_bucket", "gone"),), **later),
+        "gone-objects-1": Case(recipe, prefix="gone-objects", stop_at_look=4),
+        "gone-objects-2": Case(
+            recipe,
+            prefix="gone-objects",
+            before=(("replaces_pod",), ("empties", f"{BUCKET}/gone-objects/checkpoints/")),
+            **later,
+        ),
+    }
+
+
+def changed_data(files: Path) -> dict[str, Case]:
+    """A job whose data is written anew before each generation: the same twice, then other."""
+    uri = f"{BUCKET}/sources/train.jsonl"
+    recipe = classification(files, data={"train": {"source": uri}})
+    texts = ["train.jsonl", "train.jsonl", "evaluation.jsonl"]
+    return {
+        f"changed-data-{number}": Case(
+            recipe,
+            prefix="changed-data",
+            generation=number,
+            stop_at_look=3,
+            before=(("puts", f"{files}/{text}", uri),),
+        )
+        for number, text in enumerate(texts, start=1)
+    }
+
+
+def changed_base(files: Path) -> dict[str, Case]:
+    """A job of adapters, in another pod each time, whose frozen weights are others in the end."""
+    uri = f"{BUCKET}/sources/bert"
+    recipe = classification(files, tuning=LORA, model="bert") | {"model": {"source": uri}}
+    return {
+        f"changed-base-{number}": Case(
+            recipe,
+            prefix="changed-base",
+            generation=number,
+            stop_at_look=3,
+            before=(("replaces_pod",), ("puts", f"{files}/{model}", uri)),
+        )
+        for number, model in enumerate(["bert", "bert", "bert-poisoned"], start=1)
     }
 
 

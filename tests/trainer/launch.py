@@ -118,7 +118,14 @@ class Launcher:
         return path
 
     def write_case(
-        self, case: Path, recipe: dict[str, Any], *, prefix: str, generation: int = 1, **checkpoint: int
+        self,
+        case: Path,
+        recipe: dict[str, Any],
+        *,
+        prefix: str,
+        bucket: str | None = None,
+        generation: int = 1,
+        **checkpoint: int,
     ) -> dict[str, str]:
         """Write recipe.json and job.json; return the environment that names them."""
         case.mkdir(parents=True, exist_ok=True)
@@ -128,7 +135,7 @@ class Launcher:
             "name": case.name,
             "uid": "0b2a1f6e-0000-4000-8000-000000000000",
             "jobServer": "https://unused:9443",
-            "storage": {"prefix": f"{self.bucket}/{prefix}", "endpoint": self.server.endpoint},
+            "storage": {"prefix": f"{bucket or self.bucket}/{prefix}", "endpoint": self.server.endpoint},
             "checkpoint": {"keep": 2, **checkpoint},
         }
         (case / "job.json").write_text(json.dumps(job))
@@ -181,6 +188,9 @@ class Case:
     generation: int = 1
     stop_at_look: int = 0
     has_checkpoint: bool = False
+    bucket: str | None = None
+    before: tuple[tuple[str, ...], ...] = ()
+    """What happens to the store first: a method of :class:`tests.trainer.several_jobs.Somebody` and its arguments, each."""
     checkpoint: dict[str, int] = field(default_factory=dict)
     outcomes: list[dict[str, Any]] = field(default_factory=list)
     beats: Listener = field(default_factory=Listener)
@@ -195,10 +205,12 @@ def train_all(launcher: Launcher, cases: dict[str, Case], *, ranks: int) -> dict
                 folder / name,
                 case.recipe,
                 prefix=case.prefix or f"{ranks}/{name}",
+                bucket=case.bucket,
                 generation=case.generation,
                 **case.checkpoint,
             )
             environment["TEST_STOP_AT_LOOK"] = str(case.stop_at_look)
+            environment["TEST_BEFORE"] = json.dumps(case.before)
             environment[contract.HAS_CHECKPOINT] = str(int(case.has_checkpoint))
             (folder / name / "environment.json").write_text(json.dumps(environment))
             case.beats = listeners.enter_context(listening(folder / name / "beats"))

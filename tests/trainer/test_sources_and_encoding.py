@@ -16,6 +16,7 @@ from finetune_trainer.errors import BadConfig, BadData, NoPermission
 from finetune_trainer.feed import Feed
 from finetune_trainer.models import load_config, load_tokenizer
 from finetune_trainer.object_store import MemoryObjectStore
+from finetune_trainer.preparation import Sources
 from finetune_trainer.sources import Pinned, PinnedFile, fetch, pin_data
 from finetune_trainer.tasks import Task, task_of
 from finetune_trainer.tasks.task import IGNORED
@@ -83,6 +84,39 @@ def test_texts_are_joined_and_cut_into_blocks(model_language: Callable[[bytes], 
 
 def test_a_last_block_without_a_target_is_dropped(model_language: Callable[[bytes], Encoded]) -> None:
     assert len(model_language(b'{"text": "w1 w2 w3 w4 w5 w6 w7 w8"}\n')) == 1
+
+
+@pytest.mark.parametrize(
+    ("uri", "version", "lasting"),
+    [
+        pytest.param("s3://d/t.jsonl", "9b2-3", "9b2-3", id="an ETag"),
+        pytest.param("pvc://c/t.jsonl", "17-1700000000", "17-1700000000", id="size and time on a volume"),
+        pytest.param(
+            "file:///t.jsonl", "17-1700000000", "17", id="the size in an image, whose files are as old as it is"
+        ),
+        pytest.param(
+            "hf://o/m@main/config.json", "abc:f00", "f00", id="on the Hub that of the file, not of the last commit"
+        ),
+    ],
+)
+def test_a_version_that_lasts_is_that_of_the_file_alone(uri: str, version: str, lasting: str) -> None:
+    assert PinnedFile("t", uri, version, 17).lasting_version == lasting
+
+
+def test_checkpoints_tell_frozen_weights_from_what_is_only_read(files: Path) -> None:
+    model = [PinnedFile(name, f"s3://m/{name}", name[0], 1) for name in ("config.json", "model.safetensors")]
+    data = Pinned("s3://d/t.jsonl", (PinnedFile("t.jsonl", "s3://d/t.jsonl", "t", 1),))
+    sources = Sources(model=Pinned("s3://m", tuple(model)), train=data, evaluation=data)
+    lora = {"method": "LoRA", "rank": 4}
+    assert sources.versions(Recipe.model_validate(classification(files))) == {
+        "model": {"s3://m/config.json": "c", "s3://m/model.safetensors": "m"},
+        "train": {"s3://d/t.jsonl": "t"},
+    }
+    assert sources.versions(Recipe.model_validate(classification(files, tuning=lora))) == {
+        "model": {"s3://m/config.json": "c"},
+        "base": {"s3://m/model.safetensors": "m"},
+        "train": {"s3://d/t.jsonl": "t"},
+    }
 
 
 def test_failed_work_leaves_nothing_behind(classify: Callable[[bytes], Encoded], tmp_path: Path) -> None:

@@ -85,6 +85,46 @@ def test_a_job_whose_checkpoints_somebody_deleted_does_not_start_again(one_rank:
     assert one_rank["emptied"].beats.of(BeatKind.RESUMED) == one_rank["emptied"].beats.progress == []
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gone-bucket", "s3://gone/job: the bucket 'gone' is gone, and this job has committed checkpoints there"),
+        (
+            "gone-objects",
+            "none of the 1 checkpoints below s3://jobs/gone-objects can be loaded (step 3: s3://jobs/gone-ob",
+        ),
+    ],
+)
+def test_a_job_waits_for_whatever_of_its_checkpoints_somebody_deleted(
+    name: str, says: str, one_rank: dict[str, Case]
+) -> None:
+    first, second = one_rank[f"{name}-1"], one_rank[f"{name}-2"]
+    assert code(first) == ExitCode.SAVED, first.outcomes
+    assert code(second) == ExitCode.CHECKPOINTS_LOST, second.outcomes
+    assert second.outcomes[0]["message"].startswith(says)
+    assert "omebody deleted" in second.outcomes[0]["message"]
+    assert second.beats.progress == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "changed"),
+    [
+        ("changed-data", ResumeSource.MEMORY, "s3://jobs/sources/train.jsonl"),
+        ("changed-base", ResumeSource.STORAGE, "s3://jobs/sources/bert/model.safetensors"),
+    ],
+)
+def test_a_job_is_continued_on_what_it_was_trained_on_and_on_nothing_else(
+    name: str, source: ResumeSource, changed: str, one_rank: dict[str, Case]
+) -> None:
+    first, same, other = (one_rank[f"{name}-{generation}"] for generation in (1, 2, 3))
+    assert (code(first), code(same)) == (ExitCode.SAVED, ExitCode.SAVED), (first.outcomes, same.outcomes)
+    (resumed,) = same.beats.of(BeatKind.RESUMED)
+    assert (resumed.step, resumed.source) == (2, source), "written anew, but the same bytes"
+    assert code(other) == ExitCode.BAD_DATA, other.outcomes
+    assert other.outcomes[0]["message"].startswith(f"{changed} has changed: it was version ")
+    assert other.beats.progress == []
+
+
 @pytest.mark.parametrize("name", ["poisoned", "poisoned-on-two"])
 def test_a_sample_that_makes_no_number_is_left_out_and_the_job_ends_well(
     name: str, one_rank: dict[str, Case], two_ranks: dict[str, Case]

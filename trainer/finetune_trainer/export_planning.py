@@ -25,6 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from finetune_trainer.checkpoint.commit import create
 from finetune_trainer.checkpoint.deepspeed_state import share
+from finetune_trainer.checkpoint.lost_bucket import gone_is_lost
 from finetune_trainer.errors import Stale
 from finetune_trainer.export import Piece, pieces, plain_name, skeleton
 from finetune_trainer.export_plan import (
@@ -71,7 +72,9 @@ FORMATS = {
 def write_export_plan(job: Job, ranks: Ranks, prepared: Prepared, alive: Callable[[], None]) -> None:
     """Write the plan unless there is one. Collective; the weights are those before the first step, or later ones."""
     uri = f"{job.storage.prefix}/{PLAN_KEY}"
-    if ranks.once(lambda: prepared.store.head(uri) is not None):
+    with gone_is_lost(job.storage.prefix, has_checkpoint=job.has_checkpoint):
+        is_written = ranks.once(lambda: prepared.store.head(uri) is not None)
+    if is_written:
         return
     model = prepared.engine.module
     parts = list(pieces(model))

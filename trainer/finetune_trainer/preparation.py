@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from finetune_api.recipe import Initialization, Recipe
+from finetune_api.recipe import Initialization, Recipe, TuningMethod
+from finetune_trainer.checkpoint import trained_on
+from finetune_trainer.checkpoint.lost_bucket import gone_is_lost
+from finetune_trainer.checkpoint.trained_on import Group
 from finetune_trainer.data.batches import BatchPlan, default_micro_batch_size
 from finetune_trainer.data.encoded import open_encoded
 from finetune_trainer.data.encoding import encode_data
@@ -22,7 +25,7 @@ from finetune_trainer.models import build_model, count_parameters, load_config, 
 from finetune_trainer.object_store import ObjectStore, S3ObjectStore
 from finetune_trainer.optimization import build_engine, deepspeed_config, require_precision
 from finetune_trainer.ranks import Ranks
-from finetune_trainer.sources import Pinned, fetch, pin_data
+from finetune_trainer.sources import Pinned, PinnedFile, fetch, pin_data
 from finetune_trainer.tasks import Task, task_of
 from finetune_trainer.tuning import tune
 
@@ -34,6 +37,14 @@ class Sources:
     model: Pinned
     train: Pinned
     evaluation: Pinned | None
+
+    def versions(self, recipe: Recipe) -> trained_on.Sources:
+        """Return what checkpoints say of it: whatever decides about samples and numbers, which an evaluation does not."""
+        files: dict[str, list[PinnedFile]] = {Group.MODEL: [], Group.BASE: [], Group.TRAIN: [*self.train.files]}
+        for file in self.model.files:
+            is_frozen = recipe.tuning.method == TuningMethod.LORA and ".safetensors" in file.name  # or their index
+            files[Group.BASE if is_frozen else Group.MODEL].append(file)
+        return {group: {file.uri: file.lasting_version for file in found} for group, found in files.items() if found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,8 @@ def prepare(job: Job, ranks: Ranks, alive: Callable[[], None]) -> Prepared:
     recipe, task = job.recipe, task_of(job.recipe)
     ranks.together(lambda: require_precision(recipe.training.precision))
     store = S3ObjectStore(endpoint=job.storage.endpoint)
-    sources = ranks.once(lambda: _pin(job, store))
+    with gone_is_lost(job.storage.prefix, has_checkpoint=job.has_checkpoint):  # data may lie in the same bucket
+        sources = ranks.once(lambda: _pin(job, store))
     folder = ranks.once_per_node(lambda: fetch_model(sources.model, store, job.scratch))
     tokenizer = ranks.together(lambda: load_tokenizer(folder, sources.model.uri))
     config = ranks.together(

@@ -27,6 +27,16 @@ class PinnedFile:
     version: str
     size: int
 
+    @property
+    def lasting_version(self) -> str:
+        """The version as far as it is the same on every node and at every start, for as long as nobody changes the file.
+
+        A commit of the Hub also changes other files; what an image holds has the times at which that was built.
+        """
+        if self.uri.startswith("hf://"):
+            return self.version.rpartition(":")[2]
+        return str(self.size) if self.uri.startswith("file://") else self.version
+
 
 @dataclass(frozen=True, slots=True)
 class Pinned:

@@ -101,6 +101,7 @@ class Run:
             has_checkpoint=job.has_checkpoint,
             retention=retention_of(file),
             recipe_digest=job.recipe_digest,
+            sources=prepared.sources.versions(job.recipe),
             staging=(job.staging, job.scratch / "staging"),
             resume_from=file.resume_from,
             upload_bytes_per_second=file.upload_bytes_per_second,

@@ -17,18 +17,30 @@ MADE = []
 
 
 def checkpoints(
-    engine, store, generation, *, keep=2, best=None, digest="recipe-1", pod=None, resume_from=None, has_checkpoint=False
+    engine,
+    store,
+    generation,
+    *,
+    keep=2,
+    best=None,
+    digest="recipe-1",
+    pod=None,
+    resume_from=None,
+    has_checkpoint=False,
+    sources=None,
+    prefix=PREFIX,
 ):
     made = Checkpoints(
         engine=engine,
         store=store,
-        prefix=PREFIX,
+        prefix=prefix,
         generation=generation,
         retention=Retention(keep, best),
         recipe_digest=digest,
         staging=[Path(pod or tempfile.mkdtemp())],
         resume_from=resume_from,
         has_checkpoint=has_checkpoint,
+        sources=sources,
     )
     MADE.append(made)
     return made

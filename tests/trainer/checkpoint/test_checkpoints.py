@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import pickle
 import tempfile
 import threading
 import time
@@ -16,10 +17,11 @@ from finetune_trainer.checkpoint import deepspeed_state as state
 from finetune_trainer.checkpoint.checkpoints import Checkpoints
 from finetune_trainer.checkpoint.commit import ATTEMPTS
 from finetune_trainer.checkpoint.head import Head, Retention, encode
+from finetune_trainer.checkpoint.lost_bucket import gone_is_lost
 from finetune_trainer.checkpoint.manifest import Position
 from finetune_trainer.checkpoint.staging import Slot
 from finetune_trainer.errors import BadConfig, BadData, CheckpointsLost, NoPermission, Stale, StorageUnavailable
-from finetune_trainer.object_store import Ambiguous, MemoryObjectStore, PreconditionFailed
+from finetune_trainer.object_store import Ambiguous, MemoryObjectStore, NoBucket, PreconditionFailed
 from tests.trainer.checkpoint.faulty_store import Crash, FaultyStore, IgnoresConditions, Once
 from tests.trainer.checkpoint.incarnations import HEAD, PREFIX, checkpoints, head, mark, marks, objects, position, save
 from tests.trainer.checkpoint.trainee import Case, new_engine, weights_digest
@@ -181,12 +183,48 @@ def test_what_was_fallen_back_from_goes_after_the_next_commit(engine, two_saved)
     assert checkpoints(engine, two_saved, 3).resume()[0] == position(11)
 
 
-def test_nothing_loadable_is_an_error_and_never_a_fresh_start(engine, two_saved):
-    for uri in objects(two_saved, ".safetensors"):
-        del two_saved.objects[uri]
-    with pytest.raises(BadData, match=r"none of the 2 checkpoints .* can be loaded \(step 20: .* is missing; step 10"):
+@pytest.mark.parametrize("name", ["manifest.json", ".safetensors", "/checkpoints/"])
+def test_checkpoints_that_were_deleted_under_their_head_are_lost_until_they_are_back(engine, two_saved, name):
+    deleted = {uri: two_saved.objects.pop(uri) for uri in objects(two_saved, name)}
+    with pytest.raises(
+        CheckpointsLost, match=r"none of the 2 .* \(step 20: .* is missing; step 10: .* somebody deleted"
+    ):
         checkpoints(engine, two_saved, 2).resume()
     assert len(head(two_saved).kept) == 2, "what might come back stays listed"
+    two_saved.objects.update(deleted)
+    assert checkpoints(engine, two_saved, 3).resume()[0] == position(20)
+
+
+def test_nothing_loadable_is_an_error_and_never_a_fresh_start(engine, two_saved):
+    """One is missing, but the other is damaged, and that is nobody's to put back."""
+    missing, damaged = objects(two_saved, ".safetensors")
+    del two_saved.objects[missing]
+    two_saved.objects[damaged] = flip(two_saved.objects[damaged])
+    with pytest.raises(BadData, match=r"none of the 2 checkpoints .* can be loaded \(step 20: .* has other bytes"):
+        checkpoints(engine, two_saved, 2).resume()
+    assert len(head(two_saved).kept) == 2, "what might come back stays listed"
+
+
+def test_another_job_s_checkpoints_that_are_gone_are_not_ours_to_wait_for(engine, two_saved):
+    for uri in objects(two_saved, ".safetensors"):
+        del two_saved.objects[uri]
+    mine = checkpoints(engine, two_saved, 1, prefix="s3://bucket/team/mine", resume_from=PREFIX)
+    with pytest.raises(BadData, match=r"none of the 2 checkpoints below s3://bucket/team/job can be loaded"):
+        mine.resume()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "has_checkpoint", "error"),
+    [
+        pytest.param("s3://gone/job", True, CheckpointsLost, id="where the job has committed"),
+        pytest.param("s3://gone/job", False, NoBucket, id="where it never has: the URI is wrong"),
+        pytest.param("s3://mine/job", True, NoBucket, id="another one's, which data lies in"),
+    ],
+)
+def test_a_bucket_that_is_gone_is_lost(prefix, has_checkpoint, error):
+    gone = pickle.loads(pickle.dumps(NoBucket("bucket 'gone' does not exist", "gone")))  # as from another rank
+    with pytest.raises(error, match="'gone'"), gone_is_lost(prefix, has_checkpoint=has_checkpoint):
+        raise gone
 
 
 def test_a_head_that_was_deleted_is_not_made_anew(engine, two_saved):

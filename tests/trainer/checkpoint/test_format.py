@@ -56,6 +56,7 @@ MANIFEST = Manifest(
     world_size=2,
     zero_stage=2,
     recipe_digest="cd" * 32,
+    sources={"model": {"s3://m/bert/config.json": "5c"}, "train": {"s3://d/train.jsonl": "7f-2"}},
     parameters=(Parameter("a.weight", 6), Parameter("a.bias", 2)),
     scalars={"adamStep": 100, "lossScale": {"cur_scale": 65536.0}},
     shards=(
@@ -73,6 +74,7 @@ MANIFEST_DOCUMENT = {
     "worldSize": 2,
     "zeroStage": 2,
     "recipe": "cd" * 32,
+    "sources": {"model": {"s3://m/bert/config.json": "5c"}, "train": {"s3://d/train.jsonl": "7f-2"}},
     "chunkBytes": 8388608,
     "states": ["fp32", "exp_avg", "exp_avg_sq"],
     "scalars": {"adamStep": 100, "lossScale": {"cur_scale": 65536.0}},
@@ -107,6 +109,14 @@ def test_head_is_this_document():
 def test_a_manifest_is_this_document():
     assert json.loads(manifest.encode(MANIFEST)) == MANIFEST_DOCUMENT
     assert manifest.decode(json.dumps(MANIFEST_DOCUMENT).encode()) == MANIFEST
+
+
+def test_a_manifest_without_sources_is_read_and_says_nothing_of_them():
+    """The first manifests had none."""
+    document = {name: value for name, value in MANIFEST_DOCUMENT.items() if name != "sources"}
+    silent = replace(MANIFEST, sources={})
+    assert manifest.decode(json.dumps(document).encode()) == silent
+    assert json.loads(manifest.encode(silent)) == document
 
 
 @pytest.mark.parametrize("decode", [head.decode, manifest.decode])

@@ -112,7 +112,7 @@ def test_a_slow_store_and_clocks_that_differ_delay_commits_and_nothing_else(site
 LOST = {
     "the store stays away": (Fault.UNAVAILABLE, "StorageUnavailable", "did not answer"),
     "access is revoked for a while": (Fault.FORBIDDEN, "NoPermission", "refused access"),
-    "the bucket is gone for a while": (Fault.NO_BUCKET, "BadConfig", "does not exist"),
+    "the bucket is gone for a while": (Fault.NO_BUCKET, "NoBucket", "does not exist"),
     "something answers that is no S3 server": (Fault.NONSENSE, "BadConfig", "GatewayIsBeingReplaced"),
 }
 
@@ -161,7 +161,7 @@ def test_a_bucket_that_is_deleted_gets_no_checkpoint_any_more_not_even_if_it_is_
     for rank in range(2):
         errors = [(said["step"], said["error"]) for said in gang.told("saved", rank)]
         assert errors[:2] == [(1, None), (2, None)], gang.story()
-        assert errors[3] == (4, "BadConfig"), gang.story()
+        assert errors[3] == (4, "NoBucket"), gang.story()
         assert errors[4:] == [(5, "CheckpointsLost"), (6, "CheckpointsLost")], gang.story()
     assert "HEAD" not in prefix.objects()
     refuse_to_start(site, prefix, says="it is gone, although there is")

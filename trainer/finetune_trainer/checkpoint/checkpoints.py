@@ -23,6 +23,7 @@ from finetune_trainer.checkpoint.commit import HeadWriter
 from finetune_trainer.checkpoint.conditional_writes import require_conditional_writes
 from finetune_trainer.checkpoint.fetch import Broken
 from finetune_trainer.checkpoint.head import Head, Retention, last_good
+from finetune_trainer.checkpoint.lost_bucket import gone_is_lost
 from finetune_trainer.checkpoint.manifest import Position, Shard
 from finetune_trainer.checkpoint.memory import restore_from_memory
 from finetune_trainer.checkpoint.ranks import Ranks
@@ -31,6 +32,7 @@ from finetune_trainer.checkpoint.retention import abort_uploads
 from finetune_trainer.checkpoint.saving import Outcome, Saver, as_told
 from finetune_trainer.checkpoint.shard import Layout, lay_out
 from finetune_trainer.checkpoint.staging import SaveId, Seal, Staging
+from finetune_trainer.checkpoint.trained_on import Sources
 from finetune_trainer.errors import CheckpointsLost, TrainingError
 from finetune_trainer.object_store import ObjectStore
 
@@ -46,6 +48,7 @@ class Checkpoints:
         has_checkpoint: an earlier generation is known to have committed one, so that there must be one.
         retention: which committed checkpoints to keep.
         recipe_digest: what identifies the recipe; a checkpoint of another one is refused.
+        sources: the versions of what the job reads; a checkpoint that was trained on others is refused.
         staging: folders for the buffers, the first with room is used.
         resume_from: another job's ``s3://bucket/path``, ``@step`` behind it for a certain one.
         upload_bytes_per_second: a bound on what one rank uploads.
@@ -61,6 +64,7 @@ class Checkpoints:
         retention: Retention,
         recipe_digest: str,
         staging: Sequence[Path],
+        sources: Sources | None = None,
         has_checkpoint: bool = False,
         resume_from: str | None = None,
         upload_bytes_per_second: int | None = None,
@@ -69,6 +73,7 @@ class Checkpoints:
         self._store = store
         self._prefix = prefix.rstrip("/")
         self._recipe_digest = recipe_digest
+        self._sources = sources or {}
         self._staging_folders = staging
         self._resume_from = resume_from
         self._upload_bytes_per_second = upload_bytes_per_second
@@ -92,7 +97,7 @@ class Checkpoints:
         Raises:
             Stale: this or a higher generation has been here before.
             BadConfig: the checkpoints belong to another recipe or model, or the store cannot be used.
-            BadData: there are checkpoints, but none of them can be read.
+            BadData: there are checkpoints, but none of them can be read, or they were trained on what has changed since.
             CheckpointsLost: there were checkpoints, and somebody deleted them.
             NoPermission, StorageUnavailable: what there is cannot be told.
         """
@@ -107,6 +112,7 @@ class Checkpoints:
             head,
             prefix=self._prefix,
             recipe_digest=self._recipe_digest,
+            sources=self._sources,
             ranks=self._ranks,
         )
         staging.forget_all_but(in_memory[0] if in_memory else None)
@@ -168,6 +174,7 @@ class Checkpoints:
                 position=position,
                 scalars=state.scalars(self._engine),
                 shard=Shard("", 0, (), ()),
+                sources=self._sources,
             )
         )
 
@@ -218,7 +225,8 @@ class Checkpoints:
         return self._saver
 
     def _fence(self) -> Head:
-        require_conditional_writes(self._store, self._prefix)
+        with gone_is_lost(self._prefix, has_checkpoint=self._has_checkpoint):
+            require_conditional_writes(self._store, self._prefix)
         head = self._head_writer.fence()
         abort_uploads(self._store, self._prefix, self._generation)
         return head
@@ -229,7 +237,7 @@ class Checkpoints:
         )
 
     def _from_storage(self, head: Head) -> tuple[Head, Position, Resumed]:
-        restorer = Restorer(engine=self._engine, store=self._store, ranks=self._ranks)
+        restorer = Restorer(engine=self._engine, store=self._store, ranks=self._ranks, sources=self._sources)
         if head.kept:
             restored = restorer.newest(self._prefix, head.kept, recipe_digest=self._recipe_digest)
             if restored.broken:

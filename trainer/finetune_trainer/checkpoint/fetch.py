@@ -42,6 +42,10 @@ class Broken(Exception):
     """A checkpoint is torn, truncated, changed or missing in part. The message says which object, and how."""
 
 
+class Missing(Broken):
+    """An object of a checkpoint is not there. The store answered and said so."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Bytes of an object that belong into a tensor: a live view of exactly their numbers."""
@@ -188,7 +192,7 @@ def read_run(store: ObjectStore, uri: str, run: Run, body: memoryview) -> None:
     """Read a run into a buffer of its size, and check it.
 
     Raises:
-        Broken: its bytes are not there, or not those that were written.
+        Broken: its bytes are not there (Missing), or not those that were written.
     """
     try:
         for _ in range(2):
@@ -196,7 +200,7 @@ def read_run(store: ObjectStore, uri: str, run: Run, body: memoryview) -> None:
             if _hashes(body) == list(run.shard.sha256[run.first : run.last]):
                 return
     except ObjectMissing as error:
-        raise Broken(f"{uri} is missing") from error
+        raise Missing(f"{uri} is missing") from error
     except ObjectTooShort as error:
         raise Broken(f"{uri} ends before byte {run.end}") from error
     raise Broken(f"{uri} has other bytes than were written, between {run.start} and {run.end}")

@@ -11,11 +11,12 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_trainer import object_store
 from finetune_trainer.checkpoint.head import FORMAT_VERSION, Unreadable
+from finetune_trainer.checkpoint.trained_on import Sources, sources_from_json, sources_to_json
 
 CHUNK_BYTES = object_store.CHUNK_BYTES
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -81,6 +82,7 @@ class Manifest:
     parameters: tuple[Parameter, ...]
     scalars: Json
     shards: tuple[Shard, ...]
+    sources: Sources = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -97,6 +99,7 @@ def encode(manifest: Manifest) -> bytes:
         "worldSize": manifest.world_size,
         "zeroStage": manifest.zero_stage,
         "recipe": manifest.recipe_digest,
+        **sources_to_json(manifest.sources),
         "chunkBytes": CHUNK_BYTES,
         "states": list(STATES),
         "scalars": manifest.scalars,
@@ -127,6 +130,7 @@ def decode(body: bytes) -> Manifest:
             parameters=tuple(Parameter(name, numel) for name, numel in document["parameters"]),
             scalars=document["scalars"],
             shards=tuple(shard_from_json(shard) for shard in document["shards"]),
+            sources=sources_from_json(document),
         )
     except (ValueError, KeyError, TypeError, zlib.error) as error:
         raise Unreadable(f"{type(error).__name__}: {error}") from error

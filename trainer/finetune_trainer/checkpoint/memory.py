@@ -16,12 +16,25 @@ from finetune_trainer.checkpoint.manifest import STATES, Interval
 from finetune_trainer.checkpoint.ranks import Ranks
 from finetune_trainer.checkpoint.shard import Layout, chunk_digests, copy_out, numbers_of
 from finetune_trainer.checkpoint.staging import SaveId, Seal, Slot, Staging
+from finetune_trainer.checkpoint.trained_on import Sources, require_unchanged
 
 
 def restore_from_memory(
-    engine: Any, staging: Staging, layout: Layout, head: Head, *, prefix: str, recipe_digest: str, ranks: Ranks
+    engine: Any,
+    staging: Staging,
+    layout: Layout,
+    head: Head,
+    *,
+    prefix: str,
+    recipe_digest: str,
+    sources: Sources,
+    ranks: Ranks,
 ) -> tuple[Slot, Seal] | None:
-    """Restore the newest save that all ranks hold whole, unless ``head`` lists a newer one. Called by all ranks together."""
+    """Restore the newest save that all ranks hold whole, unless ``head`` lists a newer one. Called by all ranks together.
+
+    Raises:
+        BadData: it was trained on other data, or from another model, than what ``sources`` says of now.
+    """
     mine = {
         seal.save: (slot, seal)
         for slot, seal in staging.sealed()
@@ -31,6 +44,7 @@ def restore_from_memory(
     for save in candidates(ranks.each(lambda: set(mine)), head):
         slot, seal = mine[save]
         if all(ranks.each(lambda: chunk_digests(slot.buffer) == seal.shard.sha256)):  # noqa: B023  called at once
+            require_unchanged(seal.sources, sources, f"of step {save.step} in memory")
             _restore(engine, slot, seal, layout, ranks)
             return slot, seal
     return None

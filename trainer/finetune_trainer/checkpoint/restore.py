@@ -14,11 +14,12 @@ from finetune_trainer.checkpoint import deepspeed_state as state
 from finetune_trainer.checkpoint import manifest as manifests
 from finetune_trainer.checkpoint.commit import HEAD_KEY
 from finetune_trainer.checkpoint.exchange import Exchange
-from finetune_trainer.checkpoint.fetch import Broken, fill
+from finetune_trainer.checkpoint.fetch import Broken, Missing, fill
 from finetune_trainer.checkpoint.head import Kept, Unreadable, decode
 from finetune_trainer.checkpoint.manifest import Manifest, Position
 from finetune_trainer.checkpoint.ranks import Ranks
-from finetune_trainer.errors import BadConfig, BadData
+from finetune_trainer.checkpoint.trained_on import Sources, require_same_base, require_unchanged
+from finetune_trainer.errors import BadConfig, BadData, CheckpointsLost
 from finetune_trainer.object_store import ObjectMissing, ObjectStore
 
 log = logging.getLogger(__name__)
@@ -38,12 +39,13 @@ class Restored:
 
 
 class Restorer:
-    """Puts an engine into the state of a checkpoint. Called by all ranks together."""
+    """Puts an engine into the state of a checkpoint. Called by all ranks together. ``sources`` is what the job reads now."""
 
-    def __init__(self, *, engine: Any, store: ObjectStore, ranks: Ranks) -> None:
+    def __init__(self, *, engine: Any, store: ObjectStore, ranks: Ranks, sources: Sources) -> None:
         self._engine = engine
         self._store = store
         self._ranks = ranks
+        self._sources = sources
 
     def newest(self, prefix: str, listed: Sequence[Kept], *, recipe_digest: str | None) -> Restored:
         """Restore the first checkpoint of the list that can be read.
@@ -55,25 +57,33 @@ class Restorer:
 
         Raises:
             BadConfig: a checkpoint belongs to another recipe or model.
-            BadData: none can be read.
+            BadData: none can be read, or the job reads other data, or another model, than it was trained on.
+            CheckpointsLost: they are this job's, and of each an object is missing.
             NoPermission, StorageUnavailable: what there is cannot be told.
         """
         broken: dict[Kept, str] = {}
+        all_missing = True
         for kept in listed:
             try:
                 manifest = self._restore(prefix, kept, recipe_digest)
             except Broken as error:
                 log.error("Checkpoint of step %d cannot be loaded: %s", kept.step, error)  # noqa: TRY400  no bug
                 broken[kept] = str(error)
+                all_missing = all_missing and isinstance(error, Missing)
                 continue
             if broken:
                 log.warning("Fell back to the checkpoint of step %d; later steps are trained again", kept.step)
             return Restored(manifest.position, broken)
-        raise BadData(
+        none = (
             f"none of the {len(broken)} checkpoints below {prefix} can be loaded "
-            f"({'; '.join(f'step {kept.step}: {reason}' for kept, reason in broken.items())}): "
-            "restore the objects, or start a new job to train from the start"
+            f"({'; '.join(f'step {kept.step}: {reason}' for kept, reason in broken.items())})"
         )
+        if all_missing and recipe_digest is not None:
+            raise CheckpointsLost(
+                f"{none}: somebody deleted them, or a rule of the bucket did; put what HEAD lists back from the bucket's versions "
+                "or a backup"
+            )
+        raise BadData(f"{none}: restore the objects, or start a new job to train from the start")
 
     def other_job(self, source: str) -> Restored:
         """Restore the checkpoint ``s3://bucket/path[@step]`` of another job, without writing there.
@@ -139,7 +149,7 @@ class Restorer:
                 raise Broken(f"{uri} has other bytes than were committed")
             manifests.decode(body)
         except ObjectMissing as error:
-            raise Broken(f"{uri} is missing") from error
+            raise Missing(f"{uri} is missing") from error
         except Unreadable as error:
             raise Broken(f"{uri} cannot be read: {error}") from error
         return body
@@ -150,5 +160,7 @@ class Restorer:
                 f"checkpoint {uri} belongs to another recipe ({manifest.recipe_digest}, this one is {recipe_digest}): "
                 "a recipe cannot change while its checkpoints are continued; start a new job"
             )
+        require = require_unchanged if recipe_digest is not None else require_same_base
+        require(manifest.sources, self._sources, uri)
         if not manifests.same_parameters(manifest.parameters, state.trainable_parameters(self._engine)):
             raise BadConfig(f"checkpoint {uri} has other trainable parameters than the model: did the source change?")

@@ -216,6 +216,7 @@ class Saver:
             world_size=seal.world_size,
             zero_stage=seal.zero_stage,
             recipe_digest=seal.recipe_digest,
+            sources=seal.sources,
             parameters=self._parameters,
             scalars=seal.scalars,
             shards=tuple(manifests.shard_from_json(shard) for _, shard in parts),

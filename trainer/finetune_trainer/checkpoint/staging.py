@@ -18,7 +18,7 @@ import logging
 import mmap
 import os
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune_trainer.checkpoint.manifest import (
@@ -30,6 +30,7 @@ from finetune_trainer.checkpoint.manifest import (
     shard_from_json,
     shard_to_json,
 )
+from finetune_trainer.checkpoint.trained_on import Sources, sources_from_json, sources_to_json
 from finetune_trainer.errors import StorageUnavailable
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Seal:
     position: Position
     scalars: Json
     shard: Shard
+    sources: Sources = field(default_factory=dict)
 
 
 class Slot:
@@ -164,6 +166,7 @@ def _to_json(seal: Seal) -> Json:
         "worldSize": seal.world_size,
         "zeroStage": seal.zero_stage,
         "recipe": seal.recipe_digest,
+        **sources_to_json(seal.sources),
         **position_to_json(seal.position),
         "scalars": seal.scalars,
         "shard": shard_to_json(seal.shard),
@@ -181,4 +184,5 @@ def _from_json(document: Json) -> Seal:
         position=position_from_json(document),
         scalars=document["scalars"],
         shard=shard_from_json(document["shard"]),
+        sources=sources_from_json(document),
     )

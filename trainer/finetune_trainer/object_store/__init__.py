@@ -4,6 +4,7 @@ from finetune_trainer.object_store.memory import MemoryObjectStore
 from finetune_trainer.object_store.protocol import (
     CHUNK_BYTES,
     Ambiguous,
+    NoBucket,
     ObjectInfo,
     ObjectMissing,
     ObjectStore,
@@ -21,6 +22,7 @@ __all__ = [
     "RETRY_SECONDS",
     "Ambiguous",
     "MemoryObjectStore",
+    "NoBucket",
     "ObjectInfo",
     "ObjectMissing",
     "ObjectStore",

@@ -4,7 +4,7 @@ Objects are named by full URIs, ``s3://bucket/key``. A write is whole or not at 
 write has answered sees it. Everything but the two conditional writes is idempotent and is retried inside the store
 for minutes; a conditional write is sent exactly once, because a retry would report the failed condition of its own
 success (boto3 1.44.5 does). What went wrong is raised as ``finetune_trainer.errors``: forbidden or expired is
-``NoPermission``, a store that stays away is ``StorageUnavailable``, a bucket that is not there is ``BadConfig``.
+``NoPermission``, a store that stays away is ``StorageUnavailable``, a bucket that is not there is ``NoBucket``.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +21,16 @@ CHUNK_BYTES = 8 * 2**20
 
 class ObjectMissing(BadConfig):
     """No object has this URI. The store answered and said so: forbidden and unreachable are other errors."""
+
+
+class NoBucket(BadConfig):
+    """No bucket has this name. The store answered and said so."""
+
+    def __init__(self, message: str, bucket: str = "") -> None:
+        super().__init__(
+            message
+        )  # ``bucket`` stays out of the arguments: they travel between ranks, and are the message
+        self.bucket = bucket
 
 
 class ObjectTooShort(BadConfig):

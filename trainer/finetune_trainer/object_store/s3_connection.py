@@ -26,7 +26,7 @@ from botocore.config import Config
 from botocore.loaders import create_loader
 
 from finetune_trainer.errors import BadConfig, NoPermission, StorageUnavailable
-from finetune_trainer.object_store.protocol import ObjectMissing, UploadStopped, never, split_uri
+from finetune_trainer.object_store.protocol import NoBucket, ObjectMissing, UploadStopped, never, split_uri
 from finetune_trainer.object_store.s3_errors import S3_ERRORS, Kind, classify, describe
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Connection:
         return request(self._clients)
 
     def require_bucket(self, uri: str) -> None:
-        """Raise BadConfig when it is the bucket that is missing: the answer to a HEAD does not tell which."""
+        """Raise NoBucket when it is the bucket that is missing: the answer to a HEAD does not tell which."""
         bucket, _ = split_uri(uri)
         try:
             self._clients.patient.head_bucket(Bucket=bucket)
@@ -121,8 +121,8 @@ class Connection:
             case Kind.MISSING:
                 return ObjectMissing(f"{uri} does not exist in {self.name}")
             case Kind.NO_BUCKET:
-                return BadConfig(
-                    f"bucket {bucket!r} of {uri} does not exist in {self.name}: create it or correct the URI"
+                return NoBucket(
+                    f"bucket {bucket!r} of {uri} does not exist in {self.name}: create it or correct the URI", bucket
                 )
             case Kind.FORBIDDEN | Kind.EXPIRED:
                 return NoPermission(
