@@ -9,8 +9,10 @@ from finetune_operator.plan.conditions import Situation, with_conditions
 from finetune_operator.plan.failure import DEVICE_ERROR, Failure, FailureClass, find_cause, lost_before_start
 from finetune_operator.plan.gang import (
     choose_pods,
+    grown,
     missing_pods,
     next_generation,
+    next_within_reach,
     resized,
     surplus_pods,
     unfit_pods,
@@ -56,9 +58,12 @@ def plan_job(observed: Observation) -> Plan:
         gang, leaving = next_generation(observed, gang), False
     if observed.job.spec.suspend or leaving:
         return _plan_suspended(observed, gang)
-    if _is_suspended(status):
+    if gang.members:
+        return _plan_members(observed, gang)
+    resumes = _is_suspended(status)
+    if resumes:
         gang = gang.model_copy(update={"mint_time": timestamp(observed.now)})  # nothing has been waited for meanwhile
-    return _plan_members(observed, gang) if gang.members else _plan_assembly(observed, status, resized(observed, gang))
+    return _plan_assembly(observed, status, resized(observed, gang, at_rest=resumes))
 
 
 def _plan_members(observed: Observation, gang: Gang) -> Plan:
@@ -96,7 +101,7 @@ def _plan_failure(observed: Observation, status: JobStatus, gang: Gang, failure:
     if last is not None:
         return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, last.reason, last.message))
     status = with_restart(observed, status, failure)
-    gang = next_generation(observed, _with_suspects(observed, gang, failure))
+    gang = next_within_reach(observed, _with_suspects(observed, gang, failure))
     return _plan_assembly(observed, status, gang)
 
 
@@ -115,6 +120,7 @@ def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan
     delay, hold = backoff_seconds(observed, status, gang), find_hold(status, gang)
     if hold is not None and hold.gives_back and delay > 0:
         return _plan_without_pods(observed, status, gang, hold, delay)
+    gang = gang if delay > 0 else grown(observed, gang)
     chosen = choose_pods(observed, gang)
     lost = lost_before_start(observed, gang, chosen)
     if lost is not None:
@@ -158,7 +164,7 @@ def _plan_giving_back(observed: Observation, status: JobStatus, gang: Gang, reas
     """The gang cannot be placed as a whole: it ends, and the next generation is held without pods for a while."""
     failure = Failure(FailureClass.KNOWN, reason, message, pod="", heard_at=observed.now)
     status = with_attempt(observed, status, gang, failure)
-    return _plan_assembly(observed, status, next_generation(observed, gang))
+    return _plan_assembly(observed, status, next_within_reach(observed, gang))
 
 
 def _plan_without_pods(observed: Observation, status: JobStatus, gang: Gang, hold: Hold, delay: float) -> Plan:
