@@ -27,9 +27,9 @@ from finetune_operator.plan.pending import is_blocked, waiting_for
 from finetune_operator.plan.progress import fold_reports
 from finetune_operator.plan.recovery import (
     Hold,
-    backoff_seconds,
     find_hold,
     last_straw,
+    may_start_at,
     with_attempt,
     with_restart,
 )
@@ -58,12 +58,12 @@ def plan_job(observed: Observation) -> Plan:
         gang, leaving = next_generation(observed, gang), False
     if observed.job.spec.suspend or leaving:
         return _plan_suspended(observed, gang)
-    if gang.members:
-        return _plan_members(observed, gang)
     resumes = _is_suspended(status)
     if resumes:
         gang = gang.model_copy(update={"mint_time": timestamp(observed.now)})  # nothing has been waited for meanwhile
-    return _plan_assembly(observed, status, resized(observed, gang, at_rest=resumes))
+    if not gang.members:
+        gang = resized(observed, gang, at_rest=resumes)
+    return _plan_members(observed, gang) if gang.members else _plan_assembly(observed, status, gang)
 
 
 def _plan_members(observed: Observation, gang: Gang) -> Plan:
@@ -117,7 +117,8 @@ def _with_suspects(observed: Observation, gang: Gang, failure: Failure | None) -
 def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan:
     """The gang has no members yet: see that every rank has a pod, and choose them when all agents have reported."""
     gang = _with_suspects(observed, gang, None)
-    delay, hold = backoff_seconds(observed, status, gang), find_hold(status, gang)
+    not_before, hold = may_start_at(status, gang), find_hold(status, gang)
+    delay = 0.0 if not_before is None else max(0.0, (not_before - observed.now).total_seconds())
     if hold is not None and hold.gives_back and delay > 0:
         return _plan_without_pods(observed, status, gang, hold, delay)
     gang = gang if delay > 0 else grown(observed, gang)
@@ -126,7 +127,7 @@ def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan
     if lost is not None:
         return _plan_failure(observed, status, gang, lost)
     complete = with_members(observed, gang, chosen)
-    given_back = None if complete else find_reason_to_give_back(observed, gang, chosen, hold)
+    given_back = None if complete else find_reason_to_give_back(observed, gang, chosen, not_before)
     if given_back is not None:
         return _plan_giving_back(observed, status, gang, *given_back)
     missing = missing_pods(gang, chosen)
@@ -148,7 +149,7 @@ def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan
     status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
     look_again = [
         delay or None,
-        look_again_seconds(observed, gang, chosen, hold),
+        None if complete else look_again_seconds(observed, gang, chosen, not_before),
         silence_ends_in(observed, gang, list(chosen.values())),
         _deadline_seconds(observed),
     ]
