@@ -246,3 +246,30 @@ def test_a_gang_that_is_held_is_held_in_any_size() -> None:
     story.go()
     assert (story.condition("Stalled").status, story.condition("Stalled").reason) == ("True", "CheckpointsLost")
     assert (story.generation, story.job.status.gang.nodes) == (2, 1)
+
+
+# What it is called, and what it leaves.
+
+
+def test_a_gang_that_is_to_be_resized_before_it_trains_is_starting() -> None:
+    story = Story()
+    story.go()
+    story.pods_start()
+    story.go()
+    resize(story, nodes=3)
+    story.go()
+    assert (story.phase, story.condition("Ready").reason) == ("Starting", "Starting")
+    story.workers_train()
+    story.go()
+    assert (story.phase, story.condition("Ready").reason) == ("Running", "Resizing")
+
+
+def test_pods_that_never_ran_go_when_the_job_has_ended() -> None:
+    story = resize(Story().trains(), nodes=3)
+    story.go()
+    story.change(2, unschedulable=NO_ROOM)
+    story.go()
+    story.workers_succeed()
+    assert story.go().delete == ()
+    assert (story.phase, [pod.rank for pod in story.go().delete]) == ("Succeeded", [2])
+    assert story.go().delete == ()

@@ -232,16 +232,20 @@ def _plan_end(observed: Observation, status: JobStatus, gang: Gang, situation: S
 
 
 def _plan_finished(observed: Observation) -> Plan:
-    """A finished job changes no more; its pods and itself go when their time has come."""
+    """A finished job changes no more; its pods and itself go when their time has come.
+
+    Pods that have never run go at once: they have no logs to be kept for, and no agent that ends them.
+    """
     status, spec = observed.status, observed.job.spec
     ended = instant(status.completion_time) if status.completion_time else observed.now
     age = (observed.now - ended).total_seconds()
     pods_left = _left(spec.pod_ttl_seconds_after_finished, age)
     job_left = _left(spec.ttl_seconds_after_finished, age)
-    expired = tuple(pod for pod in observed.pods if not pod.deleting) if pods_left == 0 else ()
+    members = {member.uid for member in status.gang.members} if status.gang else set()
+    never_ran = {pod.uid for pod in observed.pods if pod.phase == "Pending" and pod.uid not in members}
     return Plan(
         status,
-        delete=expired,
+        delete=tuple(pod for pod in observed.pods if not pod.deleting and (pods_left == 0 or pod.uid in never_ran)),
         delete_job=job_left == 0,
         look_again_seconds=_soonest(pods_left or None, job_left or None),
     )
@@ -284,10 +288,11 @@ def _running_situation(observed: Observation, gang: Gang, ready: int) -> Situati
     if doubt is not None:
         phase = observed.status.phase or JobPhase.RUNNING
         return Situation(phase, doubt.reason, doubt.message, unknown=True)
-    resize = describe_resize(observed, gang)
+    trains = ready == gang.nodes and _has_initialized(observed, gang)
+    resize = describe_resize(observed, gang) if trains or gang.stop_time is not None else None
     if resize is not None:
         return Situation(JobPhase.RUNNING, "Resizing", resize, under_way=True)
-    if ready == gang.nodes and _has_initialized(observed, gang):
+    if trains:
         return Situation(JobPhase.RUNNING, "Running", f"generation {gang.generation} trains on {gang.nodes} nodes")
     message = f"generation {gang.generation}: {ready} of {gang.nodes} nodes have started"
     if ready == gang.nodes:
