@@ -273,3 +273,23 @@ def test_pods_that_never_ran_go_when_the_job_has_ended() -> None:
     assert story.go().delete == ()
     assert (story.phase, [pod.rank for pod in story.go().delete]) == ("Succeeded", [2])
     assert story.go().delete == ()
+
+
+def test_a_pod_that_ends_before_the_gang_could_grow_is_told_of_and_made_again_after_a_while() -> None:
+    story = resize(Story().trains(), nodes=3)
+    story.go()
+    story.wait(20)
+    story.change(2, phase="Failed", reason="UnexpectedAdmissionError", message="no devices")
+    plan = story.go()
+    assert (plan.create, plan.delete, plan.look_again_seconds) == ((), (), 40)
+    assert story.say() == (
+        "Resizing: generation 1 trains on 2 nodes; workers.nodes is 3: "
+        "pod sentiment-aaaaa-2-1 ended: UnexpectedAdmissionError no devices"
+    )
+    story.wait(40)
+    assert [pod.name for pod in story.go().delete] == ["sentiment-aaaaa-2-1"]
+    assert [place.rank for place in story.go().create] == [3], "the other's name may still be taken"
+    story.vanish(2)
+    story.pods_start(3)
+    story.go()
+    assert stops(story) == [Order(action=Action.STOP, generation=1, grace_seconds=60)] * 2

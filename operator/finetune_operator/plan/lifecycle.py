@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from finetune_api.protocol import AgentState, Phase
 from finetune_api.status import ConditionType, Gang, JobPhase, JobStatus
+from finetune_operator.plan import spares
 from finetune_operator.plan.checkpoints import after_a_generation
 from finetune_operator.plan.conditions import Situation, with_conditions
 from finetune_operator.plan.failure import DEVICE_ERROR, Failure, FailureClass, find_cause, lost_before_start
@@ -35,7 +36,7 @@ from finetune_operator.plan.recovery import (
 )
 from finetune_operator.plan.resizing import describe_resize, find_end, told_to_stop
 from finetune_operator.plan.silence import find_doubt, find_loss, is_taking_stock, silence_ends_in
-from finetune_operator.plan.spares import missing_spares, standing_by
+from finetune_operator.plan.spares import growth_to_replace, missing_spares, standing_by
 from finetune_operator.plan.suspects import with_suspects
 from finetune_operator.views import PodView
 
@@ -78,7 +79,7 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     if failure is not None:
         return _plan_failure(observed, status, gang, failure)
     silence = silence_ends_in(observed, gang, list(observed.pods))
-    look_again = _soonest(look_again, silence, _deadline_seconds(observed))
+    look_again = _soonest(look_again, silence, _deadline_seconds(observed), spares.look_again_seconds(observed, gang))
     if is_taking_stock(observed, gang):  # what was known before stands until everybody could be heard
         return Plan(status, look_again_seconds=look_again)
     gang = told_to_stop(observed, _with_suspects(observed, gang, None))
@@ -88,7 +89,7 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     return Plan(
         with_conditions(observed, status, _running_situation(observed, gang, ready)),
         create=() if observed.problem else missing_spares(observed, gang),
-        delete=unfit_pods(observed, gang) + surplus_pods(observed, gang, {}),
+        delete=unfit_pods(observed, gang) + surplus_pods(observed, gang, {}) + growth_to_replace(observed, gang),
         look_again_seconds=look_again,
     )
 
