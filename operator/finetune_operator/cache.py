@@ -75,6 +75,10 @@ class Cache:
         lost = len(nodes - {pod.node for pod in pods if not pod.node_lost})
         return lost > 1 and 2 * lost > len(nodes)
 
+    def job_uids(self) -> set[str]:
+        """Return the uids of all jobs."""
+        return {entry.value["metadata"]["uid"] for entry in self._jobs.values()}
+
     def pod_uids(self) -> set[str]:
         """Return the uids of all pods."""
         return set(self._pods)

@@ -60,6 +60,7 @@ class Reconciler:
         # By job uid: the spec whose ConfigMap and NetworkPolicy this process has applied.
         self._furnished: dict[str, int] = {}
         self._obstacles: dict[str, Problem] = {}
+        self._known: set[str] = set()  # uids of jobs of which something may be remembered
         self._line: dict[JobKey, Turn] = {}  # of the jobs that could not be placed when they were looked at last
 
     async def reconcile(self, key: JobKey) -> float | None:
@@ -78,6 +79,7 @@ class Reconciler:
         except ValidationError as error:
             logger.error("%s/%s cannot be read by this version: %s", *key, error)  # noqa: TRY400  no traceback needed
             return None
+        self._known.add(uid)
         observed = self._observe(job, body)
         plan = plan_job(observed)
         try:
@@ -103,10 +105,16 @@ class Reconciler:
 
     def forget(self, job_uid: str) -> None:
         """Drop what is remembered of a job that is gone."""
+        self._known.discard(job_uid)
         self._furnished.pop(job_uid, None)
         self._obstacles.pop(job_uid, None)
         self._status.forget(job_uid)
         self._history.forget(job_uid)
+
+    def keep_only(self, job_uids: set[str]) -> None:
+        """Drop what is remembered of all other jobs: a watch that was away has not shown that they are gone."""
+        for uid in self._known - job_uids:
+            self.forget(uid)
 
     def _observe(self, job: FineTuneJob, body: Mapping[str, Any]) -> Observation:
         # An owner reference is anybody's to write: a pod of another namespace has no place here.

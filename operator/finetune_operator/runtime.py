@@ -213,6 +213,7 @@ class Runtime:
             self.cache.observe_pod(pod)
         for key in self.cache.end_sweep():
             self._add(key)
+        self._reconciler.keep_only(self.cache.job_uids())
         # The last word of a member that is gone tells why, for as long as nobody has drawn the conclusion.
         self._reports.keep_only(self.cache.pod_uids() | self.cache.member_uids())
 

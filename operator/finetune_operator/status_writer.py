@@ -69,7 +69,7 @@ class StatusWriter:
                 JOBS, metadata.namespace, metadata.name, resource_version=metadata.resource_version, status=patch
             )
         except TooMany as error:
-            del self._written[metadata.uid]
+            self._written.pop(metadata.uid, None)  # the job may have gone meanwhile, and is forgotten
             self._not_before = now + timedelta(seconds=error.retry_after or 0.0)
             raise
 

@@ -86,7 +86,7 @@ class FakeKubeApi:
             stored["metadata"] |= {
                 "uid": f"uid-{self._uids}",
                 "namespace": namespace,
-                "creationTimestamp": f"{self._uids:09d}",
+                "creationTimestamp": timestamp(NOON + timedelta(seconds=self._uids)),
             }
             if resource is PODS:
                 labels = stored["metadata"]["labels"]

@@ -70,7 +70,7 @@ class Story:
                 job_uid=self.job.metadata.uid,
                 rank=place.rank,
                 generation=place.generation,
-                created=f"{len(self.pods):09d}",
+                created=timestamp(self.now),
             )
         for pod in plan.delete:
             self.change(pod.uid, deleting=True)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from finetune_api.contract import ExitCode
 from finetune_operator.plan.giving_way import PATIENCE_SECONDS, Turn, is_waiting, turn_of
 from finetune_operator.plan.observation import NewPod, Problem
 from tests.operator.documents import NOON
@@ -113,6 +114,72 @@ def test_the_deadline_counts_anew_for_each_incarnation_and_not_while_the_job_tra
     assert story.go().delete == ()
     story.wait(1)
     assert len(story.go().delete) == 2
+
+
+def held_for(seconds: float) -> Story:
+    """A gang that is held for want of the store, and is tried again in so many seconds; its deadline is shorter."""
+    story = Story("pendingDeadlineSeconds: 60").trains()
+    story.wait(100)
+    for _ in range(20):
+        story.worker_ends(0, ExitCode.STORAGE_UNAVAILABLE, message="503 SlowDown")
+        story.worker_ends(1, 1)
+        wait = story.go().look_again_seconds
+        assert wait is not None
+        if wait >= seconds:
+            return story
+        story.wait(wait)
+        story.report(0)
+        story.report(1)
+        story.go()
+        story.workers_train()
+        story.go()
+        story.wait(10)
+    raise AssertionError("it is never held for so long")
+
+
+def test_the_deadline_does_not_count_while_a_gang_is_held() -> None:
+    story = held_for(120).listens()
+    story.wait(70)
+    story.report(0)
+    story.report(1)
+    again = story.go().look_again_seconds
+    assert again is not None
+    assert again > 0
+    before = story.job.status
+    story.heard = {}  # by another operator process
+    story.listens()
+    plan = story.go()
+    assert (plan.create, plan.delete, story.condition("Ready").reason) == ((), (), "StorageUnavailable")
+    assert story.job.status == before
+
+
+def test_the_deadline_counts_from_when_a_held_gang_may_start() -> None:
+    story = held_for(120)
+    left = story.go().look_again_seconds
+    assert left is not None
+    story.vanish(1)
+    story.go()
+    story.wait(left + 59)
+    assert story.go().delete == ()
+    story.wait(1)
+    assert [pod.rank for pod in story.go().delete] == [0, 1]
+
+
+def test_the_deadline_does_not_count_while_a_gang_waits_after_failures() -> None:
+    story = Story("{pendingDeadlineSeconds: 60, recovery: {maxRestarts: 100}}").trains()
+    for _ in range(8):
+        story.worker_ends(0, signal=11)
+        story.worker_ends(1, 1)
+        wait = story.go().look_again_seconds
+        if wait:
+            story.wait(wait)
+            story.go()
+    story.worker_ends(0, signal=11)
+    story.worker_ends(1, 1)
+    assert story.go().look_again_seconds == 256
+    assert story.say().startswith("BackingOff")
+    story.wait(100)
+    assert story.go().look_again_seconds == 156
 
 
 def test_a_gang_that_recovers_gives_its_survivors_back_too() -> None:

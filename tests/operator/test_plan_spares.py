@@ -131,6 +131,17 @@ def test_a_spare_that_is_lost_ends_no_generation_and_is_made_again_under_another
     assert story.job.status.gang.spares == 0
 
 
+def test_a_spare_that_is_silent_is_lost_though_the_gang_advances() -> None:
+    story = with_spares().listens()
+    story.workers_train()
+    plan = story.passes(29, 0, 1, step=1)
+    assert (plan.create, plan.delete) == ((), ())
+    plan = story.passes(1, 0, 1, step=1)
+    assert [pod.name for pod in plan.delete] == ["sentiment-aaaaa-2-1"]
+    assert plan.create == (NewPod(3, 1, ("node-2",)),)
+    assert (story.generation, story.attempts, story.phase) == (1, [], "Running")
+
+
 def test_a_spare_that_is_deleted_is_made_again() -> None:
     story = with_spares()
     story.vanish(2)

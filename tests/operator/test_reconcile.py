@@ -37,6 +37,17 @@ async def test_a_job_that_is_gone_is_no_work() -> None:
     assert cluster.api.writes == []
 
 
+async def test_what_is_remembered_of_jobs_goes_with_those_that_no_list_shows_any_more() -> None:
+    cluster = Cluster()
+    await cluster.reconcile()
+    reconciler = cluster.reconciler
+    reconciler.keep_only(cluster.cache.job_uids())
+    assert reconciler._furnished.keys() == reconciler._status._written.keys() == {cluster.job_uid}
+    reconciler.keep_only(set())
+    assert not reconciler._furnished
+    assert not reconciler._status._written
+
+
 async def test_a_job_that_vanished_unseen_gets_no_pods() -> None:
     cluster = Cluster()
     cluster.api.remove(JOBS, *KEY)

@@ -219,3 +219,21 @@ async def test_while_the_api_server_wants_us_to_wait_nothing_is_sent_and_then_wh
     scene.wait(3)
     assert await scene.progress(2) is None, "it has not used up its turn"
     assert (scene.writes, scene.job().status.progress.step) == (1, 2)
+
+
+class GoneMeanwhile(FakeKubeApi):
+    """A job is deleted while its status is on its way to an API server that wants us to wait."""
+
+    writer: StatusWriter
+
+    async def patch_status(self, *args: object, **more: object) -> dict[str, object]:
+        self.writer.forget("uid-0")
+        raise TooMany("slow down", status=429, retry_after=1.0)
+
+
+async def test_a_job_that_is_forgotten_while_its_status_is_on_its_way_is_no_bug() -> None:
+    scene = Scene()
+    api = GoneMeanwhile()
+    api.writer = scene.writer = StatusWriter(api, progress_seconds=10)
+    with pytest.raises(TooMany):
+        await scene.progress(1)

@@ -103,9 +103,40 @@ def next_generation(observed: Observation, gang: Gang) -> Gang:
     )
 
 
-def resized(observed: Observation, gang: Gang) -> Gang:
-    """Return a gang without members in the size that spec asks for now, else one that cannot be placed could never be made smaller."""
-    return next_generation(observed, gang) if is_resized(observed, gang) else gang
+def next_within_reach(observed: Observation, gang: Gang) -> Gang:
+    """Mint the generation after one that has ended. Once the job has trained it is no larger than that one was.
+
+    A size that cannot be had must not cost the one that is: the gang grows when the larger one is complete (see ``grown``).
+    """
+    minted = next_generation(observed, gang)
+    if observed.status.start_time is None:
+        return minted
+    return minted.model_copy(update={"nodes": min(minted.nodes, gang.nodes)})
+
+
+def resized(observed: Observation, gang: Gang, *, at_rest: bool) -> Gang:
+    """Return a gang without members in the size that spec asks for now, else one that cannot be placed could never be made smaller.
+
+    One that has trained is not made larger here, unless it is ``at_rest`` and has no pods that would wait for more of them.
+    """
+    return _in_size_of(observed, gang, (next_generation if at_rest else next_within_reach)(observed, gang))
+
+
+def grown(observed: Observation, gang: Gang) -> Gang:
+    """Return a gang without members in the larger size that spec asks for, if it could start in that at once."""
+    wanted = next_generation(observed, gang)
+    if wanted.nodes <= gang.nodes or with_members(observed, wanted, choose_pods(observed, wanted)) is None:
+        return gang
+    return _in_size_of(observed, gang, wanted)
+
+
+def _in_size_of(observed: Observation, gang: Gang, wanted: Gang) -> Gang:
+    """Return a gang without members in the size of another. It keeps its number, and so what it is held for, while no pod has it."""
+    if (gang.nodes, gang.processes_per_node) == (wanted.nodes, wanted.processes_per_node):
+        return gang
+    if any(pod.generation == gang.generation for pod in observed.pods):
+        return wanted
+    return wanted.model_copy(update={"generation": gang.generation})
 
 
 def is_resized(observed: Observation, gang: Gang) -> bool:

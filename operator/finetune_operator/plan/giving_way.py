@@ -11,11 +11,11 @@ Whoever can be placed as a whole is: nobody waits for one that cannot.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from finetune_api.status import Gang
 from finetune_operator.plan.observation import Observation, instant
-from finetune_operator.plan.recovery import Hold
 from finetune_operator.views import PodView
 
 PATIENCE_SECONDS = 600.0
@@ -52,10 +52,10 @@ def is_waiting(body: Mapping[str, Any], pods: Iterable[PodView], *, refused: boo
 
 
 def find_reason_to_give_back(
-    observed: Observation, gang: Gang, chosen: Mapping[int, PodView], hold: Hold | None
+    observed: Observation, gang: Gang, chosen: Mapping[int, PodView], not_before: datetime | None
 ) -> tuple[str, str] | None:
     """Return why a gang that is not complete gives its pods back, as reason and message, or None."""
-    deadline, waited = observed.job.spec.pending_deadline_seconds, pending_seconds(observed, gang, hold)
+    deadline, waited = observed.job.spec.pending_deadline_seconds, pending_seconds(observed, gang, not_before)
     if deadline is not None and waited >= deadline:
         return "PendingDeadlineExceeded", f"not complete after pendingDeadlineSeconds ({deadline} s)"
     if not is_half_placed(observed, gang, chosen):
@@ -74,20 +74,20 @@ def is_half_placed(observed: Observation, gang: Gang, chosen: Mapping[int, PodVi
     return any(pod.unschedulable for pod in chosen.values()) and any(pod.node for pod in chosen.values())
 
 
-def pending_seconds(observed: Observation, gang: Gang, hold: Hold | None) -> float:
-    """Return for how long a gang has been assembled."""
+def pending_seconds(observed: Observation, gang: Gang, not_before: datetime | None) -> float:
+    """Return for how long a gang has been assembled, negative before it may start: until then it waits for nobody's places."""
     since = instant(gang.mint_time) if gang.mint_time else observed.now
-    if hold is not None and hold.gives_back:
-        since = max(since, hold.retry_at)
+    if not_before is not None:
+        since = max(since, not_before)
     return (observed.now - since).total_seconds()
 
 
 def look_again_seconds(
-    observed: Observation, gang: Gang, chosen: Mapping[int, PodView], hold: Hold | None
+    observed: Observation, gang: Gang, chosen: Mapping[int, PodView], not_before: datetime | None
 ) -> float | None:
     """Return in how many seconds a gang that is not complete may have to give its pods back."""
     deadline = observed.job.spec.pending_deadline_seconds
-    left = [] if deadline is None else [deadline - pending_seconds(observed, gang, hold)]
+    left = [] if deadline is None else [deadline - pending_seconds(observed, gang, not_before)]
     if is_half_placed(observed, gang, chosen):
         left.append(LINE_SECONDS)
     return min(left, default=None)

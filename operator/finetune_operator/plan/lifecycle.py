@@ -4,13 +4,16 @@ from datetime import timedelta
 
 from finetune_api.protocol import AgentState, Phase
 from finetune_api.status import ConditionType, Gang, JobPhase, JobStatus
+from finetune_operator.plan import spares
 from finetune_operator.plan.checkpoints import after_a_generation
 from finetune_operator.plan.conditions import Situation, with_conditions
 from finetune_operator.plan.failure import DEVICE_ERROR, Failure, FailureClass, find_cause, lost_before_start
 from finetune_operator.plan.gang import (
     choose_pods,
+    grown,
     missing_pods,
     next_generation,
+    next_within_reach,
     resized,
     surplus_pods,
     unfit_pods,
@@ -25,15 +28,15 @@ from finetune_operator.plan.pending import is_blocked, waiting_for
 from finetune_operator.plan.progress import fold_reports
 from finetune_operator.plan.recovery import (
     Hold,
-    backoff_seconds,
     find_hold,
     last_straw,
+    may_start_at,
     with_attempt,
     with_restart,
 )
 from finetune_operator.plan.resizing import describe_resize, find_end, told_to_stop
 from finetune_operator.plan.silence import find_doubt, find_loss, is_taking_stock, silence_ends_in
-from finetune_operator.plan.spares import missing_spares, standing_by
+from finetune_operator.plan.spares import growth_to_replace, missing_spares, standing_by
 from finetune_operator.plan.suspects import with_suspects
 from finetune_operator.views import PodView
 
@@ -56,9 +59,12 @@ def plan_job(observed: Observation) -> Plan:
         gang, leaving = next_generation(observed, gang), False
     if observed.job.spec.suspend or leaving:
         return _plan_suspended(observed, gang)
-    if _is_suspended(status):
+    resumes = _is_suspended(status)
+    if resumes:
         gang = gang.model_copy(update={"mint_time": timestamp(observed.now)})  # nothing has been waited for meanwhile
-    return _plan_members(observed, gang) if gang.members else _plan_assembly(observed, status, resized(observed, gang))
+    if not gang.members:
+        gang = resized(observed, gang, at_rest=resumes)
+    return _plan_members(observed, gang) if gang.members else _plan_assembly(observed, status, gang)
 
 
 def _plan_members(observed: Observation, gang: Gang) -> Plan:
@@ -73,7 +79,7 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     if failure is not None:
         return _plan_failure(observed, status, gang, failure)
     silence = silence_ends_in(observed, gang, list(observed.pods))
-    look_again = _soonest(look_again, silence, _deadline_seconds(observed))
+    look_again = _soonest(look_again, silence, _deadline_seconds(observed), spares.look_again_seconds(observed, gang))
     if is_taking_stock(observed, gang):  # what was known before stands until everybody could be heard
         return Plan(status, look_again_seconds=look_again)
     gang = told_to_stop(observed, _with_suspects(observed, gang, None))
@@ -83,7 +89,7 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     return Plan(
         with_conditions(observed, status, _running_situation(observed, gang, ready)),
         create=() if observed.problem else missing_spares(observed, gang),
-        delete=unfit_pods(observed, gang) + surplus_pods(observed, gang, {}),
+        delete=unfit_pods(observed, gang) + surplus_pods(observed, gang, {}) + growth_to_replace(observed, gang),
         look_again_seconds=look_again,
     )
 
@@ -96,7 +102,7 @@ def _plan_failure(observed: Observation, status: JobStatus, gang: Gang, failure:
     if last is not None:
         return _plan_end(observed, status, gang, Situation(JobPhase.FAILED, last.reason, last.message))
     status = with_restart(observed, status, failure)
-    gang = next_generation(observed, _with_suspects(observed, gang, failure))
+    gang = next_within_reach(observed, _with_suspects(observed, gang, failure))
     return _plan_assembly(observed, status, gang)
 
 
@@ -112,15 +118,17 @@ def _with_suspects(observed: Observation, gang: Gang, failure: Failure | None) -
 def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan:
     """The gang has no members yet: see that every rank has a pod, and choose them when all agents have reported."""
     gang = _with_suspects(observed, gang, None)
-    delay, hold = backoff_seconds(observed, status, gang), find_hold(status, gang)
+    not_before, hold = may_start_at(status, gang), find_hold(status, gang)
+    delay = 0.0 if not_before is None else max(0.0, (not_before - observed.now).total_seconds())
     if hold is not None and hold.gives_back and delay > 0:
         return _plan_without_pods(observed, status, gang, hold, delay)
+    gang = gang if delay > 0 else grown(observed, gang)
     chosen = choose_pods(observed, gang)
     lost = lost_before_start(observed, gang, chosen)
     if lost is not None:
         return _plan_failure(observed, status, gang, lost)
     complete = with_members(observed, gang, chosen)
-    given_back = None if complete else find_reason_to_give_back(observed, gang, chosen, hold)
+    given_back = None if complete else find_reason_to_give_back(observed, gang, chosen, not_before)
     if given_back is not None:
         return _plan_giving_back(observed, status, gang, *given_back)
     missing = missing_pods(gang, chosen)
@@ -142,7 +150,7 @@ def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan
     status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
     look_again = [
         delay or None,
-        look_again_seconds(observed, gang, chosen, hold),
+        None if complete else look_again_seconds(observed, gang, chosen, not_before),
         silence_ends_in(observed, gang, list(chosen.values())),
         _deadline_seconds(observed),
     ]
@@ -158,7 +166,7 @@ def _plan_giving_back(observed: Observation, status: JobStatus, gang: Gang, reas
     """The gang cannot be placed as a whole: it ends, and the next generation is held without pods for a while."""
     failure = Failure(FailureClass.KNOWN, reason, message, pod="", heard_at=observed.now)
     status = with_attempt(observed, status, gang, failure)
-    return _plan_assembly(observed, status, next_generation(observed, gang))
+    return _plan_assembly(observed, status, next_within_reach(observed, gang))
 
 
 def _plan_without_pods(observed: Observation, status: JobStatus, gang: Gang, hold: Hold, delay: float) -> Plan:
@@ -225,16 +233,20 @@ def _plan_end(observed: Observation, status: JobStatus, gang: Gang, situation: S
 
 
 def _plan_finished(observed: Observation) -> Plan:
-    """A finished job changes no more; its pods and itself go when their time has come."""
+    """A finished job changes no more; its pods and itself go when their time has come.
+
+    Pods that have never run go at once: they have no logs to be kept for, and no agent that ends them.
+    """
     status, spec = observed.status, observed.job.spec
     ended = instant(status.completion_time) if status.completion_time else observed.now
     age = (observed.now - ended).total_seconds()
     pods_left = _left(spec.pod_ttl_seconds_after_finished, age)
     job_left = _left(spec.ttl_seconds_after_finished, age)
-    expired = tuple(pod for pod in observed.pods if not pod.deleting) if pods_left == 0 else ()
+    members = {member.uid for member in status.gang.members} if status.gang else set()
+    never_ran = {pod.uid for pod in observed.pods if pod.phase == "Pending" and pod.uid not in members}
     return Plan(
         status,
-        delete=expired,
+        delete=tuple(pod for pod in observed.pods if not pod.deleting and (pods_left == 0 or pod.uid in never_ran)),
         delete_job=job_left == 0,
         look_again_seconds=_soonest(pods_left or None, job_left or None),
     )
@@ -277,10 +289,11 @@ def _running_situation(observed: Observation, gang: Gang, ready: int) -> Situati
     if doubt is not None:
         phase = observed.status.phase or JobPhase.RUNNING
         return Situation(phase, doubt.reason, doubt.message, unknown=True)
-    resize = describe_resize(observed, gang)
+    trains = ready == gang.nodes and _has_initialized(observed, gang)
+    resize = describe_resize(observed, gang) if trains or gang.stop_time is not None else None
     if resize is not None:
         return Situation(JobPhase.RUNNING, "Resizing", resize, under_way=True)
-    if ready == gang.nodes and _has_initialized(observed, gang):
+    if trains:
         return Situation(JobPhase.RUNNING, "Running", f"generation {gang.generation} trains on {gang.nodes} nodes")
     message = f"generation {gang.generation}: {ready} of {gang.nodes} nodes have started"
     if ready == gang.nodes:

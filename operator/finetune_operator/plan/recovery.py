@@ -211,17 +211,17 @@ def find_hold(status: JobStatus, gang: Gang) -> Hold | None:
     return Hold(newest.reason, newest.message, since=first.end_time, retry_at=ended + timedelta(seconds=wait))
 
 
-def backoff_seconds(observed: Observation, status: JobStatus, gang: Gang) -> float:
-    """Return how long the next incarnation still has to wait: 0 after the first failure in vain, then 2, 4, 8 … seconds."""
+def may_start_at(status: JobStatus, gang: Gang) -> datetime | None:
+    """Return when the next incarnation may start, or None for at once: after the first failure in vain, then 2, 4, 8 … seconds later."""
     hold = find_hold(status, gang)
     if hold is not None:
-        return max(0.0, (hold.retry_at - observed.now).total_seconds())
+        return hold.retry_at
     attempts = reversed(list(pairwise([None, *status.attempts])))
     in_vain = sum(1 for _ in takewhile(lambda pair: _was_in_vain(*pair), attempts))
     if in_vain < 2:
-        return 0.0
+        return None
     wait = min(LAST_BACKOFF_SECONDS, 2.0 ** (in_vain - 1))
-    return max(0.0, wait - (observed.now - instant(status.attempts[-1].end_time)).total_seconds())
+    return instant(status.attempts[-1].end_time) + timedelta(seconds=wait)
 
 
 def _was_in_vain(before: Attempt | None, attempt: Attempt | None) -> bool:

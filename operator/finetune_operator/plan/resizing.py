@@ -13,6 +13,7 @@ from finetune_operator.plan.gang import choose_pods, is_resized, next_generation
 from finetune_operator.plan.leaving import SAVE_SECONDS, has_ended
 from finetune_operator.plan.observation import Observation, instant, timestamp
 from finetune_operator.plan.pending import waiting_for
+from finetune_operator.plan.spares import ended_growth
 
 RESIZED = "Resized"
 
@@ -44,5 +45,9 @@ def describe_resize(observed: Observation, gang: Gang) -> str | None:
     if not is_resized(observed, gang):
         return None
     wanted = next_generation(observed, gang)
-    why = waiting_for(observed, choose_pods(observed, wanted), wanted.nodes)
-    return f"generation {gang.generation} trains on {gang.nodes} nodes; workers.nodes is {nodes}: {why.message}"
+    ended = ended_growth(observed, gang)
+    if ended:
+        why = f"pod {ended[0].name} ended: {ended[0].reason or ended[0].phase} {ended[0].message}".strip()
+    else:
+        why = waiting_for(observed, choose_pods(observed, wanted), wanted.nodes).message
+    return f"generation {gang.generation} trains on {gang.nodes} nodes; workers.nodes is {nodes}: {why}"

@@ -7,8 +7,8 @@ else explains that:
 - This process listens. An agent's silence begins when it was heard last, or when this process began to hear agents at all, whichever is
   later. So a new operator, a new leader and one whose network was away give every agent its full time again.
 - Some other agent, of any job, is heard. When all are silent it is the operator that hears nothing.
-- Its peers' steps do not advance. Ranks that train in step cannot go on without one, so a gang that advances has lost nobody. A step is
-  overdue after twice the time of the one before.
+- Its peers' steps do not advance. Ranks that train in step cannot go on without one, so a gang that advances has lost no member. A step
+  is overdue after twice the time of the one before. Of a pod that stands behind the gang its steps say nothing.
 
 Until then the truth is Unknown, and training goes on.
 """
@@ -33,7 +33,7 @@ def find_loss(observed: Observation, gang: Gang, pod: PodView) -> Problem | None
         return Problem(NODE_LOST, f"node {pod.node} is not ready, and the agent of pod {pod.name} on it is silent")
     if silent < observed.silent_seconds or not _was_ever_heard(observed, gang, pod):
         return None
-    if is_deaf(observed) or _peers_advance(observed, gang, pod.uid):
+    if is_deaf(observed) or (_is_member(gang, pod) and _peers_advance(observed, gang, pod.uid)):
         return None
     since = _last_heard(observed, pod.uid)
     return Problem(
@@ -109,7 +109,11 @@ def _patience(observed: Observation, pod: PodView) -> float:
 
 def _was_ever_heard(observed: Observation, gang: Gang, pod: PodView) -> bool:
     """A member has been heard, by another process perhaps. Any other pod may still be on its way to its first word."""
-    return pod.uid in observed.heard or any(member.uid == pod.uid for member in gang.members)
+    return pod.uid in observed.heard or _is_member(gang, pod)
+
+
+def _is_member(gang: Gang, pod: PodView) -> bool:
+    return any(member.uid == pod.uid for member in gang.members)
 
 
 def _watched(observed: Observation, gang: Gang) -> list[Member]:
