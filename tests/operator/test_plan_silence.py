@@ -204,10 +204,23 @@ def test_a_new_operator_gives_every_agent_its_time_and_then_misses_the_one_that_
     story.wait(3600)
     restart_operator(story)
     story.workers_train(0)
-    story.passes(29, 0)
+    story.passes(44, 0)
     assert story.generation == 1
     story.passes(1, 0)
     assert (story.generation, story.attempts) == (2, ["PodSilent"])
+
+
+def test_a_new_leader_gives_an_agent_on_a_node_that_is_not_ready_time_to_find_it() -> None:
+    """After an outage of the control plane both may be late: the node's mark, and the way to the new leader."""
+    story = training()
+    story.wait(3600)
+    restart_operator(story)
+    story.workers_train(0)
+    story.change(1, node_lost=True)
+    story.passes(44, 0)
+    assert story.generation == 1
+    story.passes(1, 0)
+    assert (story.generation, story.attempts) == (2, ["NodeLost"])
 
 
 def test_an_operator_that_hears_again_after_five_minutes_restarts_nothing() -> None:

@@ -21,6 +21,7 @@ from finetune_operator.views import PodView
 NODE_LOST, POD_SILENT = "NodeLost", "PodSilent"
 LATE_SECONDS = 15.0  # an agent says something every 10 s; a later one is not counted on
 LONGEST_STEP_SECONDS = 150.0  # two of them without an advance are a gang that stands still
+STRANGER_PATIENCE = 1.5  # times silent_seconds
 GATED_SECONDS = 10.0  # how often one that should be lost by time alone is looked at
 
 
@@ -28,10 +29,10 @@ def find_loss(observed: Observation, gang: Gang, pod: PodView) -> Problem | None
     """Return why a pod that should be running is lost, or None."""
     if not pod.usable:
         return None
-    silent = silent_seconds(observed, pod.uid)
-    if pod.node_lost and not observed.most_nodes_lost and silent >= _patience(observed, pod):
+    silent, patience = silent_seconds(observed, pod.uid), _patience(observed, gang, pod)
+    if pod.node_lost and not observed.most_nodes_lost and silent >= patience:
         return Problem(NODE_LOST, f"node {pod.node} is not ready, and the agent of pod {pod.name} on it is silent")
-    if silent < observed.silent_seconds or not _was_ever_heard(observed, gang, pod):
+    if silent < max(observed.silent_seconds, patience) or not _was_ever_heard(observed, gang, pod):
         return None
     if is_deaf(observed) or (_is_member(gang, pod) and _peers_advance(observed, gang, pod.uid)):
         return None
@@ -83,7 +84,7 @@ def silence_ends_in(observed: Observation, gang: Gang, pods: list[PodView]) -> f
     left = []
     for pod in pods:
         if pod.usable and (pod.node_lost or _was_ever_heard(observed, gang, pod)):
-            remaining = _patience(observed, pod) - silent_seconds(observed, pod.uid)
+            remaining = _patience(observed, gang, pod) - silent_seconds(observed, pod.uid)
             left.append(remaining if remaining > 0 else GATED_SECONDS)
     return min(left, default=None)
 
@@ -102,8 +103,14 @@ def is_deaf(observed: Observation) -> bool:
     return observed.hearing is not None and (observed.now - observed.hearing.at).total_seconds() >= LATE_SECONDS
 
 
-def _patience(observed: Observation, pod: PodView) -> float:
-    """Return for how many seconds an agent may be silent: less where its node explains it, unless all are silent."""
+def _patience(observed: Observation, gang: Gang, pod: PodView) -> float:
+    """Return for how many seconds an agent may be silent: less where its node explains it, unless all are silent.
+
+    A member that another process has heard, and this one never, may not know the way to it yet: after an API server was away, a node's proxy
+    hears of a new leader as much as half a minute late, and its kubelet's mark may be as late.
+    """
+    if pod.uid not in observed.heard and any(member.uid == pod.uid for member in gang.members):
+        return STRANGER_PATIENCE * observed.silent_seconds
     return LATE_SECONDS if pod.node_lost and not is_deaf(observed) else observed.silent_seconds
 
 
