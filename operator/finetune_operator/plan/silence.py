@@ -78,14 +78,16 @@ def is_taking_stock(observed: Observation, gang: Gang) -> bool:
 
 
 def silence_ends_in(observed: Observation, gang: Gang, pods: list[PodView]) -> float | None:
-    """Return in how many seconds the first of these pods may be lost if nothing is heard of it."""
+    """Return in how many seconds the first of these pods may be lost, or doubtful, if nothing is heard of it."""
     if observed.hearing is None:
         return None
     left = []
     for pod in pods:
         if pod.usable and (pod.node_lost or _was_ever_heard(observed, gang, pod)):
-            remaining = _patience(observed, gang, pod) - silent_seconds(observed, pod.uid)
-            left.append(remaining if remaining > 0 else GATED_SECONDS)
+            silent, patience = silent_seconds(observed, pod.uid), _patience(observed, gang, pod)
+            left.append(patience - silent if silent < patience else GATED_SECONDS)
+            if silent < observed.silent_seconds:  # where there is doubt before there is a loss
+                left.append(observed.silent_seconds - silent)
     return min(left, default=None)
 
 
