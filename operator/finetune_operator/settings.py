@@ -76,8 +76,8 @@ class Profile(ApiModel):
     """What each pod gets beside what the job asks for, such as devices of a fabric and huge pages."""
     allowed_endpoints: tuple[str, ...] | None = None
     """Of the endpoints that jobs may name, those for jobs with this profile. Default: all."""
-    restricted: bool = False
-    """Only for who has the verb use on it. For admission, which the chart's policy and roles see to; the operator does not look."""
+    restricted: bool = Field(default=False, exclude=True)
+    """Only for who has the verb use on it: the chart's policy and roles see to that. No part of what a job keeps of its profile."""
 
     @model_validator(mode="after")
     def _adds_and_replaces_nothing(self) -> Self:
