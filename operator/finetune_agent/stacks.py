@@ -1,7 +1,8 @@
 """Asks workers for the stacks of all their threads, prints them into the log, and reads from them what a worker is doing.
 
 A worker that takes part has registered ``faulthandler`` for SIGUSR1 with a file of its own, RANK-PID in the folder of the contract's
-STACKS_FOLDER; SIGUSR1 would end any other. ``faulthandler`` answers from the signal handler itself, without the interpreter, so a
+STACKS_FOLDER; SIGUSR1 would end any other, and a worker that has taken its registration back, as Python does on its way out: so the kernel
+is asked first whether the signal is caught. ``faulthandler`` answers from the signal handler itself, without the interpreter, so a
 worker answers even while its main thread waits inside a collective or a driver. One that does not answer does not run.
 """
 
@@ -33,7 +34,7 @@ DEVICE = re.compile(r"finetune_trainer/ranks\.py$")
 def examine(folder: Path, pids: Mapping[int, int]) -> Dict[int, Finding]:
     """Print the stacks of these workers (rank → pid of the command), and return what each is doing."""
     offers = find_offers(folder)
-    answers = ask({rank: offers[rank] for rank in pids if rank in offers})
+    answers = ask({rank: offers[rank] for rank in pids if rank in offers and catches(offers[rank][0], signal.SIGUSR1)})
     for rank, text in answers.items():
         show(rank, text)
     return {rank: find(answers.get(rank), pid) for rank, pid in pids.items()}
@@ -116,6 +117,16 @@ def place(frame: "re.Match[str]") -> str:
     """Return where a frame is, as people write it."""
     file = "/".join(frame["file"].split("/")[-2:])
     return (file + ":" + frame["line"] + " in " + frame["name"])[:PLACE_LIMIT]
+
+
+def catches(pid: int, number: int) -> bool:
+    """Tell whether a process has a handler for a signal."""
+    try:
+        status = Path("/proc/" + str(pid) + "/status").read_text()
+    except OSError:
+        return False
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
 def is_stopped(pid: int) -> bool:

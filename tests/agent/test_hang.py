@@ -243,11 +243,26 @@ async def test_a_stopped_worker_does_not_answer_and_is_told_so(sleeper, tmp_path
 
 def test_a_worker_that_takes_part_and_does_not_answer_does_not_run(tmp_path: Path) -> None:
     """As one does that is stuck in the kernel, which this test cannot do: this one has blocked the signal."""
-    blocks = "import signal, time; signal.pthread_sigmask(signal.SIG_BLOCK, [10]); print(flush=True); time.sleep(1000)"
+    blocks = (
+        "import faulthandler, signal, time; faulthandler.register(10); signal.pthread_sigmask(signal.SIG_BLOCK, [10]); "
+        "print(flush=True); time.sleep(1000)"
+    )
     process = subprocess.Popen([sys.executable, "-c", blocks], stdout=subprocess.PIPE)
     process.stdout.readline()
     (tmp_path / f"0-{process.pid}").touch()
     assert stacks.examine(tmp_path, {0: process.pid}) == {0: Finding(Doing.STOPPED)}
+    process.kill()
+    process.communicate()
+
+
+def test_a_worker_on_its_way_out_is_not_ended_by_the_question(tmp_path: Path) -> None:
+    """Python takes faulthandler's registrations back before it has ended, and what libraries do at exit may take long."""
+    leaves = "import faulthandler, time; faulthandler.register(10); faulthandler.unregister(10); print(flush=True); time.sleep(1000)"
+    process = subprocess.Popen([sys.executable, "-c", leaves], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    (tmp_path / f"0-{process.pid}").touch()
+    assert stacks.examine(tmp_path, {0: process.pid}) == {0: Finding(Doing.UNKNOWN)}
+    assert process.poll() is None
     process.kill()
     process.communicate()
 

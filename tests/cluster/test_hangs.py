@@ -50,7 +50,7 @@ def pods_of(job: Job) -> list[str]:
 @pytest.mark.parametrize("how", ["stopped", "asleep"])
 def test_a_script_whose_rank_1_hangs_is_told_so_and_goes_on(operator: Cluster, namespace: str, how: str) -> None:
     spec = script_spec(operator, BEATING)
-    spec["recovery"] = {"hangSeconds": 10}
+    spec["recovery"] = {"hangSeconds": 20}  # more than libraries ever take to leave at the end
     job = submit(operator, namespace, f"hangs-{how}", spec)
     pods = pods_of(job) if job.wait_for_phase("Running") else []
     job.wait("steps to learn from", lambda _: all("step 20" in job.logs(pod) for pod in pods))
