@@ -1,10 +1,11 @@
-"""Runs ``finetune checkpoints``: in this process where a test needs many, in one of its own where that is what it is about."""
+"""Runs ``finetune checkpoints``, and what else has a command line: in this process where a test needs many, in one of its own where that is what it is about."""
 
 import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +32,28 @@ class Ran:
         return json.loads(self.stdout)
 
 
+def run_here(program: Callable[[Sequence[str]], int], *arguments: str) -> Ran:
+    """Run a program in this process."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        code = program(arguments)
+    return Ran(code, stdout.getvalue(), stderr.getvalue())
+
+
+def run_alone(environment: Mapping[str, str], *command: str, stdin: str | None = None) -> Ran:
+    """Run Python with these arguments in a process of its own."""
+    ended = subprocess.run(
+        [sys.executable, *command], input=stdin, capture_output=True, text=True, env=dict(environment), check=False
+    )
+    return Ran(ended.returncode, ended.stdout, ended.stderr)
+
+
 def finetune(server: S3Server, *arguments: str, **environment: str) -> Ran:
     """Run a command here, with the server's credentials and endpoint in the environment."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in {**server.environment, "AWS_ENDPOINT_URL": server.endpoint, **environment}.items():
             patch.setenv(name, value)
-        code = run(["checkpoints", *arguments])
-    return Ran(code, stdout.getvalue(), stderr.getvalue())
+        return run_here(run, "checkpoints", *arguments)
 
 
 def finetune_alone(server: S3Server, *arguments: str, program: str = "") -> Ran:
@@ -50,6 +65,4 @@ def finetune_alone(server: S3Server, *arguments: str, program: str = "") -> Ran:
         "PYTHONPATH": f"{ROOT / 'crds'}:{ROOT / 'trainer'}",
     }
     interpreted = ("-c", program) if program else ("-m", "finetune_cli")
-    command = [sys.executable, *interpreted, "checkpoints", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    return Ran(ended.returncode, ended.stdout, ended.stderr)
+    return run_alone(environment, *interpreted, "checkpoints", *arguments)

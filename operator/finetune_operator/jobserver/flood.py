@@ -1,7 +1,7 @@
 """What keeps one caller from taking the job server away from all others: so many requests a pod, and no connection without one.
 
-An agent posts twice a second at the very most, in the moment of a failure, and polls as its order changes. A pod that asks far more often is
-answered 429, which costs next to nothing, and loses nothing by it: a report says all that there is to say.
+An agent posts its progress every two seconds at most, news as it comes, and polls as its order changes. A pod that asks far more often is
+answered 429, and loses nothing by it: a report says all that there is to say.
 
 Who has no token can still connect, say half a request or nothing, and stay: aiohttp waits for the head of a first request for ever. So
 a connection is closed on which no request has been accepted for a while, be it idle, slow or refused. Agents are never silent for so long.

@@ -5,7 +5,8 @@ that was away may speak too soon: so that counts later while nobody is heard), o
 else explains that:
 
 - This process listens. An agent's silence begins when it was heard last, or when this process began to hear agents at all, whichever is
-  later. So a new operator, a new leader and one whose network was away give every agent its full time again.
+  later. So a new operator, a new leader and one whose network was away give every agent its full time again, and one that they have never
+  heard half as long again.
 - Some other agent, of any job, is heard. When all are silent it is the operator that hears nothing.
 - Its peers' steps do not advance. Ranks that train in step cannot go on without one, so a gang that advances has lost no member. A step
   is overdue after twice the time of the one before. Of a pod that stands behind the gang its steps say nothing.
@@ -111,7 +112,7 @@ def _patience(observed: Observation, gang: Gang, pod: PodView) -> float:
     A member that another process has heard, and this one never, may not know the way to it yet: after an API server was away, a node's proxy
     hears of a new leader as much as half a minute late, and its kubelet's mark may be as late.
     """
-    if pod.uid not in observed.heard and any(member.uid == pod.uid for member in gang.members):
+    if pod.uid not in observed.heard and _is_member(gang, pod):
         return STRANGER_PATIENCE * observed.silent_seconds
     return LATE_SECONDS if pod.node_lost and not is_deaf(observed) else observed.silent_seconds
 

@@ -1,8 +1,9 @@
 """Spares: warm pods beyond the gang's size, which take a lost rank's place at once (see ``gang.choose_pods``).
 
-Those by which a gang is to grow (see ``resizing``) are among them until they are members. All are made behind a gang that has its members, so that no gang waits for its own spares. Losing one ends no generation. A spare that
-ends by itself is not made again before the next generation: it would end again, and again. One that a gang needs to grow is, as that gang
-may train for days in its old size; but not before ``AGAIN_SECONDS`` after it was made.
+Those by which a gang is to grow (see ``resizing``) are among them until they are members. All are made behind a gang that has its members,
+so that no gang waits for its own spares. Losing one ends no generation. A spare that ends by itself is not made again before the next
+generation: it would end again, and again. One that a gang needs to grow is, as that gang may train for days in its old size; but not
+before ``AGAIN_SECONDS`` after it was made.
 """
 
 from collections.abc import Iterator
