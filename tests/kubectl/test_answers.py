@@ -21,6 +21,7 @@ ANSWERS = {
     "no right": (refusal(403, 'User "eve" cannot get resource "finetunejobs"'), 2, 'User "eve" cannot get resource'),
     "too many requests": (refusal(429, "slow down"), 2, "cannot answer now: 429 slow down"),
     "a page of a proxy": (Answer(502, ["<html>\nbad gateway</html>"]), 2, "cannot answer now: 502 <html> bad gateway</html>"),
+    "a conflict that a proxy tells": (Answer(409, ["<html>\nconflict</html>"]), 1, "<html> conflict</html>"),
     "a page of a proxy that thinks all is well": (Answer(200, ["<html>log in</html>"]), 2, "is no API server: <html>log in</html>"),
     "it breaks off": (Answer(200, ['{"meta'], breaks=True), 2, "does not answer: "),
     "a status of another version": (document(job_body({"phase": "Dreaming"})), 2, "cannot be read by this version"),

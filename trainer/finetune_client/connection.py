@@ -133,9 +133,9 @@ def _error(status: int, raw: bytes) -> ClientError:
     """Return what an answer means that is no success."""
     try:
         answer = json.loads(raw)
-        said, details = answer["message"], answer.get("details") or {}
-    except (ValueError, KeyError, TypeError):
-        said, details = raw[:300].decode("utf-8", "replace").strip(), {}
+        said, reason, details = answer["message"], answer.get("reason"), answer.get("details") or {}
+    except (ValueError, KeyError, TypeError):  # a proxy's words, not the API server's
+        said, reason, details = raw[:300].decode("utf-8", "replace").strip(), None, {}
     if status == 401:
         return Forbidden("the API server does not know who you are: log in again (401)")
     if status == 403:
@@ -144,7 +144,7 @@ def _error(status: int, raw: bytes) -> ClientError:
         missing = "the cluster has no FineTuneJobs: its administrator installs them with the chart finetune-crds"
         return NotFound(said) if details.get("name") else NotInstalled(missing)
     if status == 409:
-        return Exists(said) if answer.get("reason") == "AlreadyExists" else Refused(said)
+        return Exists(said) if reason == "AlreadyExists" else Refused(said)
     if status in (400, 422):
         causes = details.get("causes") or ()
         return Refused(said, [Fault(cause.get("message", ""), cause.get("field", "")) for cause in causes])
