@@ -271,11 +271,28 @@ class Report:
 
 
 @dataclass(frozen=True)
+class CheckpointWish:
+    """When to commit checkpoints, how many to keep, how fast to upload them: what each generation takes as it is when it starts.
+
+    At most one of the intervals is set. ``keep_best`` names a metric of the recipe's evaluation: the best checkpoint by it is kept too.
+    ``upload_bytes_per_second`` bounds what one pod uploads.
+    """
+
+    interval_steps: Optional[int] = None
+    interval_seconds: Optional[int] = None
+    interval_auto: bool = False
+    keep: int = 2
+    keep_best: Optional[str] = None
+    upload_bytes_per_second: Optional[int] = None
+
+
+@dataclass(frozen=True)
 class Order:
     """What one agent should be doing. The fields after ``generation`` matter for ``Run`` only.
 
     ``rank`` is the node's rank among ``nodes``; workers get global ranks ``rank * processes_per_node + local rank``. ``hang_seconds`` is
     how long training workers may at least be silent; 0: for ever, whatever they do. ``has_checkpoint`` says that the job has committed one.
+    ``checkpoint`` takes the place of what the job's file wishes; None: as in the file.
     """
 
     action: Action
@@ -289,6 +306,7 @@ class Order:
     protocol: int = PROTOCOL_VERSION
     hang_seconds: int = 60
     has_checkpoint: bool = False
+    checkpoint: Optional[CheckpointWish] = None
 
 
 @dataclass(frozen=True)
@@ -317,25 +335,18 @@ class JobStorage:
 
 
 @dataclass(frozen=True)
-class JobCheckpoint:
-    """When to commit checkpoints, and how many to keep. At most one of the intervals is set.
+class JobCheckpoint(CheckpointWish):
+    """The wish as it was when the pods were made, and what they begin with: ``resume_from`` is ``s3://bucket/prefix[@step]`` of another job.
 
-    ``keep_best`` names a metric of the recipe's evaluation: the best checkpoint by it is kept too. ``resume_from`` is
-    ``s3://bucket/prefix[@step]`` of another job. ``upload_bytes_per_second`` bounds what one pod uploads.
+    No order brings that, since whether a job may read it is decided before its pods are made.
     """
 
-    interval_steps: Optional[int] = None
-    interval_seconds: Optional[int] = None
-    interval_auto: bool = False
-    keep: int = 2
-    keep_best: Optional[str] = None
     resume_from: Optional[str] = None
-    upload_bytes_per_second: Optional[int] = None
 
 
 @dataclass(frozen=True)
 class JobFile:
-    """The contract values of one job, mounted as job.json.
+    """The contract values of one job, mounted as job.json. Workers get a copy with the ``checkpoint`` of their order.
 
     ``command`` is what each worker runs: empty for the recipe's trainer. ``job_server`` is ``https://host:port``.
     """

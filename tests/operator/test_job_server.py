@@ -237,7 +237,9 @@ async def test_a_report_that_says_nothing_new_is_no_news(scene: Scene) -> None:
 async def test_a_member_of_the_committed_gang_is_told_to_run(scene: Scene) -> None:
     scene.commit(committed())
     _, answer = await scene.report()
-    assert answer == to_wire_order(action="Run", generation=1, nodes=2, masterAddress="10.0.0.0", masterPort=29500)
+    wish = {"intervalSeconds": 600, "intervalAuto": False, "keep": 2}
+    told = {"generation": 1, "nodes": 2, "masterAddress": "10.0.0.0", "masterPort": 29500, "checkpoint": wish}
+    assert answer == to_wire_order(action="Run", **told)
 
 
 def committed() -> dict[str, Any]:
@@ -497,6 +499,23 @@ async def test_a_poll_waits_until_the_order_is_another_one(scene: Scene) -> None
     scene.commit(committed())
     _, answer = await asyncio.wait_for(poll, 5)
     assert (answer["action"], answer["generation"]) == ("Run", 1)
+
+
+async def test_a_poll_waits_on_when_only_what_the_next_generation_is_to_do_has_changed(scene: Scene) -> None:
+    scene.commit(committed())
+    poll = asyncio.create_task(scene.poll(known_action="Run", known_generation=1))
+    while KEY not in scene.server._changed:
+        await asyncio.sleep(0)
+    edited = job_body(resourceVersion="3")
+    edited["spec"]["checkpoint"] = {"interval": {"steps": 7}}
+    scene.cache.observe_job(edited | {"status": committed()})
+    scene.server.job_changed(KEY)
+    while KEY not in scene.server._changed:
+        await asyncio.sleep(0)
+    assert not poll.done()
+    poll.cancel()
+    _, answer = await scene.report()
+    assert answer["checkpoint"] == {"intervalSteps": 7, "intervalAuto": False, "keep": 2}
 
 
 async def test_all_polls_of_a_job_are_answered_by_one_change(scene: Scene) -> None:

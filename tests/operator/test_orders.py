@@ -1,11 +1,15 @@
 """What agents are told: from committed status and nothing else."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
+from finetune_api import job as api
 from finetune_api.contract import ExitCode
-from finetune_api.protocol import Action, Checkpoint, Order
+from finetune_api.protocol import Action, Checkpoint, CheckpointWish, Order
 from finetune_operator.plan.orders import orders_for
-from tests.operator.documents import a_job
+from tests.operator.documents import SCRIPT, a_job
 from tests.operator.story import Story
 
 
@@ -31,6 +35,7 @@ def test_members_run_with_their_rank_and_the_one_master() -> None:
             processes_per_node=4,
             master_address="10.0.0.0",
             master_port=29500,
+            checkpoint=CheckpointWish(interval_seconds=600),
         )
         for rank in (0, 1)
     ]
@@ -47,6 +52,44 @@ def test_who_runs_is_told_that_the_job_has_committed_a_checkpoint_and_so_cannot_
     story.wait(5)
     story.go()
     assert [(order.generation, order.has_checkpoint) for order in map(story.order, (0, 1))] == [(2, True)] * 2
+
+
+def edit(story: Story, **checkpoint: Any) -> None:
+    """A user edits spec.checkpoint (names as in YAML)."""
+    story.edit(checkpoint=api.Checkpoint.model_validate(checkpoint))
+
+
+def test_every_order_to_run_brings_what_is_wished_of_checkpoints_now() -> None:
+    story = Story("checkpoint: {interval: {steps: 50}}").trains()
+    assert story.order(0).checkpoint == CheckpointWish(interval_steps=50)
+    edit(story, interval={"seconds": 30}, keep=5, uploadBytesPerSecond="1Mi")
+    wish = CheckpointWish(interval_seconds=30, keep=5, upload_bytes_per_second=2**20)
+    assert [story.order(rank).checkpoint for rank in (0, 1)] == [wish] * 2
+    story.worker_ends(0, 1)
+    story.go()
+    story.wait(5)
+    story.go()
+    assert [(story.order(rank).generation, story.order(rank).checkpoint) for rank in (0, 1)] == [(2, wish)] * 2
+
+
+def test_an_edit_of_the_checkpoints_begins_no_generation() -> None:
+    story = Story().trains()
+    before = story.order(0)
+    edit(story, interval={"steps": 7})
+    plan = story.go()
+    assert (plan.create, plan.delete) == ((), ())
+    assert story.order(0) == replace(before, checkpoint=CheckpointWish(interval_steps=7))
+
+
+def test_what_was_allowed_before_there_were_pods_is_no_part_of_an_order() -> None:
+    story = Story().trains()
+    before = story.order(0)
+    edit(story, resumeFrom="s3://checkpoints/team-a/somebody-else/job", stagingMemory="2Gi")
+    assert story.order(0) == before
+
+
+def test_nobody_tells_a_script_when_to_save() -> None:
+    assert Story("", base=SCRIPT).trains().order(0).checkpoint is None
 
 
 def test_a_pod_that_is_no_member_waits() -> None:

@@ -273,6 +273,7 @@ def test_an_order_of_the_first_operators_is_understood() -> None:
     oldest = {"action": "Run", "generation": 3, "rank": 1, "nodes": 2, "processesPerNode": 1, "masterAddress": "10.0.0.1", "masterPort": 29500, "graceSeconds": 0, "protocol": 1}  # fmt: skip
     order = from_wire(Order, oldest)
     assert (order.rank, order.nodes, order.master_address, order.master_port) == (1, 2, "10.0.0.1", 29500)
+    assert order.checkpoint is None, "so its workers save as the mounted file says"
 
 
 def add_unknown(value: Any) -> Any:
@@ -291,7 +292,7 @@ def test_fields_from_the_future_are_passed_over_at_any_depth(kind: Any) -> None:
             exits=[protocol.Exit(1, 0, 1)],
         )
         if kind is Report
-        else Order(protocol.Action.RUN, 3, 1, 2)
+        else Order(protocol.Action.RUN, 3, 1, 2, checkpoint=protocol.CheckpointWish(interval_steps=50))
     )
     assert from_wire(kind, add_unknown(to_wire(message))) == message
 

@@ -1,12 +1,13 @@
 """The ConfigMap of a job: recipe, contract values, and the certificates that the job server may show."""
 
 import json
+from dataclasses import asdict
 
 from finetune_api import contract
-from finetune_api.job import Checkpoint, FineTuneJob
+from finetune_api.job import FineTuneJob
 from finetune_api.protocol import JobCheckpoint, JobFile, JobStorage, to_wire
-from finetune_api.quantity import quantity_value
 from finetune_operator.kube_object import KubeObject
+from finetune_operator.plan.checkpoint_wish import checkpoint_wish
 from finetune_operator.render.names import child_metadata, child_name, job_prefix
 from finetune_operator.settings import Settings
 
@@ -27,8 +28,8 @@ def render_config(job: FineTuneJob, settings: Settings, ca_certificates: str) ->
 
 
 def job_file(job: FineTuneJob, settings: Settings) -> JobFile:
-    """Return the contract values of a job."""
-    prefix = job_prefix(job)
+    """Return the contract values of a job, as they are when its pods are made. What is wished of checkpoints comes with each order again."""
+    prefix, asked = job_prefix(job), job.spec.checkpoint
     endpoint = job.spec.storage.endpoint if job.spec.storage else None
     return JobFile(
         namespace=job.metadata.namespace,
@@ -37,20 +38,7 @@ def job_file(job: FineTuneJob, settings: Settings) -> JobFile:
         job_server=settings.job_server_url,
         command=list(job.spec.script.command) if job.spec.script else [],
         storage=JobStorage(prefix=prefix, endpoint=endpoint) if prefix else None,
-        checkpoint=_checkpoint(job.spec.checkpoint),
-    )
-
-
-def _checkpoint(asked: Checkpoint) -> JobCheckpoint:
-    interval, rate = asked.interval, asked.upload_bytes_per_second
-    return JobCheckpoint(
-        interval_steps=interval.steps,
-        interval_seconds=interval.seconds,
-        interval_auto=interval.auto is not None,
-        keep=asked.keep,
-        keep_best=asked.keep_best,
-        resume_from=asked.resume_from,
-        upload_bytes_per_second=int(quantity_value(rate)) if rate is not None else None,
+        checkpoint=JobCheckpoint(**asdict(checkpoint_wish(asked)), resume_from=asked.resume_from),
     )
 
 
