@@ -38,6 +38,7 @@ from finetune_agent.agent import (
     Tick,
 )
 from finetune_agent.beats import Board, Listener
+from finetune_agent.job_file import write_job_file
 from finetune_agent.journal import Journal
 from finetune_agent.kubeflow import KubeflowServer
 from finetune_agent.launcher import CannotStart, Launch, Launcher, Running, TorchrunLauncher
@@ -231,12 +232,18 @@ class Loop:
             os.environ,
             order=order,
             endpoints=endpoints,
-            job_file=str(self._settings.job_file),
+            job_file=str(self._job_file(order, folder)),
             recipe_file=str(self._settings.recipe_file),
             credentials=environment.read_credentials(self._settings.credentials_folder),
             cpus=environment.available_cpus(),
         )
         return Launch(order, list(self._settings.job.command), variables, folder, self._settings.address)
+
+    def _job_file(self, order: Order, folder: Path) -> Path:
+        """Return the job file for the workers. Operators of older versions wish nothing: it is the mounted one then."""
+        if order.checkpoint is None:
+            return self._settings.job_file
+        return write_job_file(folder, self._settings.job_document, order.checkpoint)
 
     def _make_folder(self, generation: int) -> Path:
         """Make a generation's own folder; with those before it goes all that was meant for them."""

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping
+from typing import Any, Dict, Mapping, Tuple
 
 from finetune_agent.stub import folder
 from finetune_api import contract
@@ -12,9 +12,13 @@ from finetune_api.protocol import JobFile, from_wire
 
 @dataclass(frozen=True)
 class Settings:
-    """All that an agent is told once. ``folder`` is its own, below the one of agent.pyz."""
+    """All that an agent is told once. ``folder`` is its own, below the one of agent.pyz.
+
+    ``job_document`` is the whole of the job file, ``job`` what this agent understands of it.
+    """
 
     job: JobFile
+    job_document: Dict[str, Any]
     pod_name: str
     pod_uid: str
     address: str
@@ -44,10 +48,12 @@ def read_settings(environment: Mapping[str, str], agent_file: str) -> Settings:
         ValueError: something is missing or wrong; the message names it.
     """
     job_file = Path(environment.get(contract.JOB_FILE_VARIABLE, contract.JOB_FILE))
+    job, job_document = read_job(job_file)
     own_folder = folder(agent_file)
     own_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return Settings(
-        job=read_job(job_file),
+        job=job,
+        job_document=job_document,
         pod_name=environment.get(contract.POD_NAME, ""),
         pod_uid=_required(environment, contract.POD_UID),
         address=_required(environment, contract.POD_ADDRESS),
@@ -61,14 +67,15 @@ def read_settings(environment: Mapping[str, str], agent_file: str) -> Settings:
     )
 
 
-def read_job(path: Path) -> JobFile:
-    """Read job.json.
+def read_job(path: Path) -> Tuple[JobFile, Dict[str, Any]]:
+    """Read job.json; return what is known of it, and the whole.
 
     Raises:
         ValueError: it is not there or makes no sense.
     """
     try:
-        return from_wire(JobFile, json.loads(path.read_text(encoding="utf-8")))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return from_wire(JobFile, document), document
     except (OSError, ValueError) as error:
         raise ValueError(str(path) + ": " + str(error)) from error
 

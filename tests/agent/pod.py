@@ -12,7 +12,7 @@ from pathlib import Path
 
 from finetune_agent import processes
 from finetune_api import contract
-from finetune_api.protocol import Action, JobCheckpoint, JobFile, JobStorage, Order, Report, to_wire
+from finetune_api.protocol import Action, CheckpointWish, JobCheckpoint, JobFile, JobStorage, Order, Report, to_wire
 from tests.agent.job_server import DEADLINE_SECONDS, JobServer
 
 HERE = Path(__file__).parent
@@ -57,10 +57,11 @@ class Pod:
         recipe: dict | None = None,
         storage: JobStorage | None = None,
         checkpoint: JobCheckpoint | None = None,
+        job_file: dict | None = None,
         **environment: str,
     ) -> None:
         job = JobFile("team-a", "job", "job-uid", self.server.url, command, storage, checkpoint or JobCheckpoint())
-        (self.config / "job.json").write_text(json.dumps(to_wire(job)))
+        (self.config / "job.json").write_text(json.dumps(to_wire(job) | (job_file or {})))
         (self.config / "recipe.json").write_text(json.dumps(recipe or {}))
         variables = {
             **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
@@ -108,6 +109,7 @@ class Pod:
         master: "Pod | None" = None,
         hang_seconds: int = 60,
         has_checkpoint: bool = False,
+        checkpoint: CheckpointWish | None = None,
     ) -> None:
         """Order a generation, as the operator would."""
         host = (master or self).report
@@ -116,6 +118,7 @@ class Pod:
             *(Action.RUN, generation, rank, nodes, workers, host.address, host.port),
             hang_seconds=hang_seconds,
             has_checkpoint=has_checkpoint,
+            checkpoint=checkpoint,
         )
         await self.server.order(self.uid, order)
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ import pytest
 from finetune_agent import ports
 from finetune_agent.reporting import KEEPALIVE, Access, HttpsJobServer
 from finetune_api.contract import MESSAGE_LIMIT, ORDER_POLL_SECONDS, REPORT_BYTES_LIMIT, ExitCode
-from finetune_api.protocol import Action, AgentState, Order, to_wire
+from finetune_api.protocol import Action, AgentState, CheckpointWish, JobCheckpoint, JobStorage, Order, to_wire
 from tests.agent.job_server import make_certificates
 from tests.agent.pod import command_line, is_agent, is_alive, wait_for
 
@@ -558,6 +559,65 @@ async def test_workers_see_the_contracts_environment_and_none_of_an_outer_launch
     assert not {
         name for name in environment if name.startswith("PET_") or name in ("FINETUNE_POD_UID", "FINETUNE_EXITS_SOCKET")
     }
+
+
+JOB_FILE_SEEN = "(folder / f'job-{generation}').write_bytes(open(os.environ['FINETUNE_JOB_FILE'], 'rb').read())"
+
+
+def job_file_seen(pod, generation: int) -> dict:
+    return json.loads((pod.folder / f"job-{generation}").read_text())
+
+
+async def test_each_generation_saves_as_its_order_says_and_all_else_is_as_mounted(server, make_pod):
+    pod = make_pod()
+    unknown = {"fromTheFuture": {"a": [1]}}
+    asked = JobCheckpoint(interval_steps=50, keep=9, resume_from="s3://bucket/old")
+    start(pod, storage=JobStorage("s3://bucket/job"), checkpoint=asked, job_file=unknown)
+    await server.until(lambda: pod.report)
+    mounted = json.loads((pod.config / "job.json").read_text())
+    assert mounted["fromTheFuture"] == {"a": [1]}
+    pod.script(0, JOB_FILE_SEEN, "ready()", "time.sleep(1000)")
+    await pod.run(1)
+    await pod.pid_of(0, 1)
+    assert job_file_seen(pod, 1) == mounted, "by an order that says nothing of it, as those of older operators"
+    for generation, steps in ((2, 7), (3, 8)):
+        await pod.run(generation, checkpoint=CheckpointWish(interval_steps=steps))
+        await pod.pid_of(0, generation)
+        wish = {"intervalSteps": steps, "intervalAuto": False, "keep": 2, "resumeFrom": "s3://bucket/old"}
+        assert job_file_seen(pod, generation) == mounted | {"checkpoint": wish}
+    assert json.loads((pod.config / "job.json").read_text()) == mounted
+
+
+async def test_an_edit_while_a_generation_runs_starts_and_changes_nothing(server, pod):
+    told = "beat('checkpoint', {'step': %d, 'uri': 's3://b/c', 'sizeBytes': 1, 'commitTime': 'now'})"
+    commits = [line for step in (1, 2) for line in (f"wait_for('step-{step}')", told % step)]
+    pod.script(0, JOB_FILE_SEEN, "ready()", *commits, "time.sleep(1000)")
+    await pod.run(1, checkpoint=CheckpointWish(interval_steps=50))
+    worker = await pod.pid_of(0, 1)
+    seen, file = job_file_seen(pod, 1), pod.folder / "agent" / "g1" / "job.json"
+    await pod.run(1, checkpoint=CheckpointWish(interval_steps=7))
+    for step in (1, 2):  # the answer to the first report brings the edit, the second comes after it
+        (pod.folder / f"step-{step}").touch()
+        await server.until(lambda s=step: pod.report.checkpoint and pod.report.checkpoint.step == s)
+    assert (await pod.pid_of(0, 1), is_alive(worker), pod.report.state) == (worker, True, AgentState.RUNNING)
+    assert json.loads(file.read_text()) == seen
+
+
+async def test_a_job_file_that_cannot_be_written_is_told_by_name_and_starts_nothing(server, make_pod):
+    pod = make_pod()
+    start(pod, job_file={"fromTheFuture": "x" * 16384})
+    await server.until(lambda: pod.report)
+    agent = await pod.agent_pid()
+    _, hard = resource.prlimit(agent, resource.RLIMIT_FSIZE)
+    resource.prlimit(agent, resource.RLIMIT_FSIZE, (8192, hard))  # like a disk that is full; the journal fits
+    pod.script(0, *SLEEP)
+    await pod.run(1, checkpoint=CheckpointWish())
+    await server.until(lambda: pod.report.state is AgentState.FAILED)
+    assert f"File too large: '{pod.folder}/agent/g1/job.json'" in pod.report.exits[0].message
+    assert not (pod.folder / "pid-1-0").exists()
+    resource.prlimit(agent, resource.RLIMIT_FSIZE, (hard, hard))
+    await pod.run(2, checkpoint=CheckpointWish())
+    await pod.pid_of(0, 2)
 
 
 def mode_of(path) -> str:

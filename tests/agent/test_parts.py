@@ -20,6 +20,7 @@ from finetune_api.protocol import (
     Beat,
     BeatKind,
     Checkpoint,
+    CheckpointWish,
     Exit,
     Heartbeat,
     Order,
@@ -139,6 +140,15 @@ def test_orders_are_news_once_and_never_go_back_but_for_finish():
         False,
     ]
     assert heard == [run, finish]
+
+
+def test_an_order_that_differs_in_what_the_next_generation_is_to_do_is_news_once():
+    heard = []
+    orders = Orders(heard.append)
+    run = Order(Action.RUN, 2, checkpoint=CheckpointWish(interval_steps=50))
+    edited = replace(run, checkpoint=CheckpointWish(interval_steps=7))
+    assert [orders.hear(order) for order in (run, edited, edited)] == [True, True, False]
+    assert heard == [run, edited]
 
 
 @pytest.mark.parametrize(
