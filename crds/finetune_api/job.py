@@ -199,7 +199,8 @@ class FineTuneJobSpec(ApiModel):
     storage: Storage | None = None
     """The object store; required with recipe; never changes."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    """When to commit checkpoints and how many to keep."""
+    """When to commit checkpoints and how many to keep. Edits of interval, keep, keepBest and uploadBytesPerSecond are taken at the next
+    start of the gang; the rest is fixed when its pods are made."""
     workers: Workers = Field(default_factory=Workers)
     """The gang."""
     suspend: bool = False

@@ -47,6 +47,23 @@ def test_a_killed_worker_restarts_the_gang_in_place_and_resumes(operator: Cluste
     job.delete()
 
 
+def test_an_edited_interval_is_in_force_from_the_next_generation_on(operator: Cluster, namespace: str) -> None:
+    spec = recipe_spec(operator, steps=3200)
+    spec["checkpoint"] = {"interval": {"steps": 100000}}
+    job = submit(operator, namespace, "edited", spec)
+    job.wait("some steps", lambda status: status.get("progress", {}).get("step", 0) >= 5)
+    before = {pod["metadata"]["uid"] for pod in job.pods()}
+    job.patch({"checkpoint": {"interval": {"steps": 7}, "keep": 1}})
+    later = job.status()["progress"]["step"] + 30
+    status = job.wait("more steps", lambda status: status["progress"]["step"] >= later)
+    assert (status["gang"]["generation"], status.get("checkpoint")) == (1, None), "what runs goes on as it began"
+    job.run_in(job.pods()[1]["metadata"]["name"], "python3", "-c", KILL, "worker ")
+    status = job.wait("a checkpoint", lambda status: "checkpoint" in status)
+    assert (status["gang"]["generation"], status["checkpoint"]["step"] % 7) == (2, 0)
+    assert {pod["metadata"]["uid"] for pod in job.pods()} == before, "in place"
+    job.delete()
+
+
 def test_a_killed_fork_server_disturbs_no_training_and_a_killed_agent_is_replaced_in_place(
     operator: Cluster, namespace: str
 ) -> None:

@@ -1,4 +1,6 @@
-"""When to save, and what is told of it. The loop asks once per step, and all ranks do what rank 0's clock says.
+"""When to save, and what is told of it. The loop asks once per step, and all ranks do what rank 0 says.
+
+Rank 0's clock counts, and what the job wished when rank 0 started: an edit may come while the ranks start.
 
 A save that is due while both staging buffers are on their way is put off to the first step that finds room: training never waits for
 storage. A save that fails, for whatever reason, is told and tried again when the next is due. Only another generation's having taken

@@ -187,7 +187,7 @@ class Checkpoints:
         return self._running.wait(alive)
 
     def grade(self, step: int, metric: float) -> None:
-        """Note what the evaluation of a step gave, by which the best is kept."""
+        """Note what the evaluation of a step gave, by which the best is kept. Local: that of rank 0 counts."""
         self._running.grade(step, metric)
 
     def last_good(self, suspect_from: int) -> int:
