@@ -144,7 +144,7 @@ def _goodputs() -> list[str]:
     for run in (Run("70 B on 1,024", 70e9, 1024), Run("405 B on 16,384", 405e9, 16384)):
         shard = run.parameters * 12 / run.ranks / 2**20
         still, commit = shard / COPY_MIB_PER_SECOND, shard / COMMIT_MIB_PER_SECOND
-        interval = best_interval_seconds(stall_seconds=still, commit_seconds=commit, ranks=run.ranks)
+        interval = best_interval_seconds(copy_seconds=still, commit_seconds=commit, ranks=run.ranks)
         between = HOURS_BETWEEN_FAILURES_PER_RANK * 3600 / run.ranks
         lost_per_failure = RESTART_SECONDS + shard / RESTORE_MIB_PER_SECOND + commit + interval / 2
         goodput = (1 - still / interval) * math.exp(-lost_per_failure / between)

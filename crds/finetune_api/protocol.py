@@ -176,7 +176,7 @@ class Saves:
     ``saving_step`` is staged and on its way to storage since ``saving_since``; ``put_off`` counts the saves in a row that were due
     while no staging buffer was free. From ``failing_since`` on nothing could be committed, for ``reason`` (CamelCase) and ``message``.
     ``stall_seconds`` is what training stood still for the newest save, ``total_stall_seconds`` for all of this generation,
-    ``commit_seconds`` how long after it the newest was committed.
+    ``commit_seconds`` how long after it had begun the newest was committed.
     ``recommended_interval_seconds`` is what would lose least, by Young and Daly.
     """
 

@@ -183,9 +183,9 @@ class JobSaves(StatusModel):
     message: str = Field(default="", max_length=2048)
     """Why nothing can be committed, in a sentence."""
     stall_seconds: float | None = Field(default=None, ge=0)
-    """How long training stood still for the newest save."""
+    """How long training waited for the newest save that has ended."""
     commit_seconds: float | None = Field(default=None, ge=0)
-    """How long after that it was committed."""
+    """How long after it had begun the newest was committed."""
     recommended_interval_seconds: int | None = Field(default=None, ge=0)
     """The interval between saves that would lose least (Young/Daly)."""
 

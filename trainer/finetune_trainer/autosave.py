@@ -78,9 +78,9 @@ class Autosave:
         self._reporter.phase(Phase.CHECKPOINTING)
         while not self._checkpoints.has_room():
             self._settle(self._checkpoints.wait(self._reporter.alive))
-        stall_seconds = self._checkpoints.begin_save(position)
+        self._checkpoints.begin_save(position)
         self.saved_step, self._began_at, self._is_owed = position.step, time.monotonic(), False
-        self._tell(saves.begun(self._told, step=position.step, now=_now(), stall_seconds=stall_seconds))
+        self._tell(saves.begun(self._told, step=position.step, now=_now()))
         self._reporter.phase(Phase.TRAINING)
 
     def commit(self, position: Position) -> None:
@@ -123,7 +123,7 @@ class Autosave:
             told = saves.ended(self._told, outcome, _now())
             if outcome.checkpoint is not None:
                 self._reporter.checkpoint(outcome.checkpoint)
-                told = self._recommend(told)
+                told = self._recommend(told, outcome)
             elif outcome.error is not None:
                 self._reporter.say(f"checkpoint of step {outcome.step} not committed: {outcome.error}")
                 if self.saved_step == outcome.step:
@@ -132,11 +132,11 @@ class Autosave:
                     self._fatal = self._fatal or outcome.error
             self._tell(told)
 
-    def _recommend(self, told: Saves) -> Saves:
-        if told.stall_seconds is None or told.commit_seconds is None:
+    def _recommend(self, told: Saves, outcome: Outcome) -> Saves:
+        if outcome.copy_seconds is None:  # an earlier generation's
             return told
         best = saves.best_interval_seconds(
-            stall_seconds=told.stall_seconds, commit_seconds=told.commit_seconds, ranks=self._ranks.size
+            copy_seconds=outcome.copy_seconds, commit_seconds=outcome.seconds, ranks=self._ranks.size
         )
         if self._wish.interval_auto:
             self._interval_seconds = best

@@ -22,12 +22,9 @@ REASONS = {
 }
 
 
-def begun(told: Saves, *, step: int, now: str, stall_seconds: float) -> Saves:
+def begun(told: Saves, *, step: int, now: str) -> Saves:
     """Return what to tell after a save began."""
-    total = (told.total_stall_seconds or 0.0) + stall_seconds
-    return replace(
-        told, saving_step=step, saving_since=now, put_off=0, stall_seconds=stall_seconds, total_stall_seconds=total
-    )
+    return replace(told, saving_step=step, saving_since=now, put_off=0)
 
 
 def put_off(told: Saves) -> Saves:
@@ -39,6 +36,8 @@ def ended(told: Saves, outcome: Outcome, now: str) -> Saves:
     """Return what to tell after a save ended. Of two under way the newer is told."""
     if told.saving_step == outcome.step:
         told = replace(told, saving_step=None, saving_since=None)
+    total = (told.total_stall_seconds or 0.0) + outcome.stall_seconds
+    told = replace(told, stall_seconds=outcome.stall_seconds, total_stall_seconds=total)
     if outcome.error is None:
         return replace(told, failing_since=None, reason="", message="", commit_seconds=outcome.seconds)
     return replace(
@@ -49,13 +48,14 @@ def ended(told: Saves, outcome: Outcome, now: str) -> Saves:
     )
 
 
-def best_interval_seconds(*, stall_seconds: float, commit_seconds: float, ranks: int) -> float:
+def best_interval_seconds(*, copy_seconds: float, commit_seconds: float, ranks: int) -> float:
     """Return the seconds between saves that lose least training time.
 
     Young's first-order optimum, the root of twice the cost of a save times the mean time between failures (CACM 17(9), 1974; Daly's
-    correction, FGCS 22(3), 2006, is below a percent while the cost is small beside it). A save that takes ``commit_seconds`` beside
+    correction, FGCS 22(3), 2006, is below a percent while the cost is small beside it). What a save costs is taken to be its whole copy:
+    also where training does not wait for it, both use the same memory. A save that takes ``commit_seconds`` beside
     training cannot be had more often than that.
     """
     between_failures = HOURS_BETWEEN_FAILURES_PER_RANK * 3600 / ranks
-    best = math.sqrt(2 * stall_seconds * between_failures)
+    best = math.sqrt(2 * copy_seconds * between_failures)
     return max(SHORTEST_SECONDS, commit_seconds, min(LONGEST_SECONDS, best))

@@ -2,26 +2,31 @@
 
     rounds.py ENDPOINT PREFIX FOLDER save|recall|resume|reshape|die|save_to_move|move...
 
-``save`` trains without checkpoints and once more with a save on the way; ``recall`` takes that up in new processes from the memory of
+``save`` trains without checkpoints and once more with a save on the way, whose copy is slow; ``recall`` takes that up in new processes from the memory of
 their pods, ``resume`` in other pods from storage; ``reshape``
 loads into another ZeRO stage or world size and saves again; ``die`` kills a rank in the middle of a save. ``save_to_move`` and ``move`` do
 what matrix.py lists, of what these ranks have a part in. After each of them a rank writes what it saw to FOLDER as JSON.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
+from unittest import mock
 
 import deepspeed
 import torch.distributed as dist
 
 from finetune_api.protocol import ResumeSource
+from finetune_trainer.checkpoint import saving
 from finetune_trainer.checkpoint.checkpoints import Checkpoints
 from finetune_trainer.checkpoint.head import Retention
 from finetune_trainer.checkpoint.manifest import Position
+from finetune_trainer.checkpoint.shard import Copy
 from finetune_trainer.object_store import S3ObjectStore
 from tests.trainer.checkpoint.matrix import MOVES, engine_of, train_dealt
 from tests.trainer.checkpoint.trainee import Case, new_engine, train, weights_digest
@@ -68,6 +73,19 @@ class DiesUploading(S3ObjectStore):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def slow_copies():
+    """Let training get as far as it may before a save has copied its numbers."""
+
+    class SlowCopy(Copy):
+        def run(self):
+            time.sleep(0.1)
+            super().run()
+
+    with mock.patch.object(saving, "Copy", SlowCopy):
+        yield
+
+
 def slug(name):
     return name.replace(",", "").replace(" ", "-").lower()
 
@@ -99,16 +117,18 @@ class Rounds:
             checkpoints = self.checkpoints(engine, name, 1, pod=self.pods / slug(name))
             assert checkpoints.resume()[0].step == 0
             losses = train(engine, range(SAVE_AT))
-            report = checkpoints.save(position(SAVE_AT))
+            with slow_copies():
+                checkpoints.begin_save(position(SAVE_AT))
+                losses += train(engine, range(SAVE_AT, STEPS))
+            [outcome] = checkpoints.wait()
             checkpoints.close()
-            losses += train(engine, range(SAVE_AT, STEPS))
             undisturbed = losses == straight and weights_digest(engine) == digest
             self.seen[name] = {
                 "losses": straight,
                 "digest": digest,
                 "undisturbed": undisturbed,
                 "skipped": skipped,
-                "uri": report.uri,
+                "uri": outcome.checkpoint.uri,
             }
         self.two_saves()
 

@@ -125,6 +125,7 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
         self.step += 1
         mark(self.engine, self.step)
         self.saver.begin_save(self.position(self.step))
+        self.saver.wait_for_copy()
 
     def save(self):
         self.step += 1

@@ -3,6 +3,7 @@
 import errno
 import logging
 import pickle
+import shutil
 import tempfile
 import threading
 import time
@@ -19,6 +20,7 @@ from finetune_trainer.checkpoint.commit import ATTEMPTS
 from finetune_trainer.checkpoint.head import Head, Retention, encode
 from finetune_trainer.checkpoint.lost_bucket import gone_is_lost
 from finetune_trainer.checkpoint.manifest import Position
+from finetune_trainer.checkpoint.shard import copy_in
 from finetune_trainer.checkpoint.staging import Slot
 from finetune_trainer.errors import BadConfig, BadData, CheckpointsLost, NoPermission, Stale, StorageUnavailable
 from finetune_trainer.object_store import Ambiguous, MemoryObjectStore, NoBucket, PreconditionFailed
@@ -482,10 +484,12 @@ def test_a_save_goes_on_beside_training_and_is_told_when_it_ends(engine, store):
     released = threading.Event()
     store.before = lambda method, uri: released.wait(60) if uri.endswith("manifest.json") else None
     saver.begin_save(position(10))
+    saver.wait_for_copy()
     mark(engine, 11)
     assert (saver.ended(), saver.has_room(), head(store).kept) == ([], True, ())
     saver.begin_save(position(11))
     assert not saver.has_room(), "two buffers, both on their way"
+    saver.wait_for_copy()
     mark(engine, -1)
     released.set()
     assert [(outcome.step, outcome.checkpoint.step) for outcome in saver.wait()] == [(10, 10), (11, 11)]
@@ -493,6 +497,61 @@ def test_a_save_goes_on_beside_training_and_is_told_when_it_ends(engine, store):
     assert [kept.step for kept in head(store).kept] == [11, 10]
     assert checkpoints(engine, store, 2).resume()[0] == position(11)
     assert marks(engine) == {11.0}
+
+
+def test_the_passes_of_the_next_step_are_computed_beside_the_copy_and_its_update_waits(engine, store, monkeypatch):
+    saver = checkpoints(engine, store, 1)
+    saver.resume()
+    saved = [view.clone() for part in state.held(engine) for view in part.views]
+    passes_done, order = threading.Event(), []
+
+    def copy_slowly(*arguments):
+        assert passes_done.wait(60)
+        time.sleep(0.05)
+        copy_in(*arguments)
+        order.append("copied")
+
+    monkeypatch.setattr("finetune_trainer.checkpoint.shard.copy_in", copy_slowly)
+    saver.begin_save(position(10))
+    engine.backward(engine(torch.zeros((3, 7), dtype=torch.long), torch.zeros(3, dtype=torch.long)))
+    passes_done.set()
+    engine.step()
+    order.append("updated")
+    [outcome] = saver.wait()
+    assert order == ["copied", "updated"]
+    assert not any(torch.equal(one, other) for one, other in zip(saved, views(engine), strict=True))
+    assert outcome.copy_seconds >= outcome.stall_seconds > 0.04
+    checkpoints(engine, store, 2).resume()
+    assert all(torch.equal(one, other) for one, other in zip(saved, views(engine), strict=True))
+
+
+def views(engine):
+    return [view for part in state.held(engine) for view in part.views]
+
+
+def test_what_is_saved_while_an_older_save_is_on_its_way_can_be_taken_up_from_memory(engine, store, tmp_path):
+    saver = checkpoints(engine, store, 1, pod=tmp_path)
+    saver.resume()
+    released = threading.Event()
+    store.before = lambda method, uri: released.wait(60) if uri.endswith(".safetensors") else None
+    for step in (10, 11):
+        mark(engine, step)
+        saver.begin_save(position(step))
+        saver.wait_for_copy()
+    until = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.seal"))) < 2:
+        assert time.monotonic() < until, "only what is being uploaded is sealed"
+        time.sleep(0.01)
+    assert saver.ended() == []
+    memory = tmp_path / "as the process dies here"
+    memory.mkdir()
+    for left in tmp_path.glob("rank-*"):
+        shutil.copy(left, memory)
+    released.set()
+    saver.wait()
+    mark(engine, -1)
+    found, resumed = checkpoints(engine, FaultyStore(), 2, pod=memory).resume()
+    assert (found, resumed.source, marks(engine)) == (position(11), ResumeSource.MEMORY, {11.0})
 
 
 def test_a_save_that_fails_beside_training_is_told_and_the_one_behind_it_commits(engine, two_saved):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finetune_trainer.checkpoint import deepspeed_state as state
+from tests.trainer.checkpoint.rounds import CASES
 from tests.trainer.checkpoint.trainee import Case, new_engine, train
 
 COMMON = (
@@ -110,6 +111,27 @@ def test_the_masters_are_found_whole_before_and_after_the_first_step(alone, stag
         assert state.steps_ahead(engine) == (1 if stage == 0 else 0)
     moments = [view for part in state.held(engine) for view in part.views[1:]]
     assert any(view.abs().sum() > 0 for view in moments), "they are live, not copies made by asking"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_is_saved_changes_in_an_update_and_nowhere_else(alone, case):
+    """Saves are copied beside the passes of the next step."""
+    engine, seen = new_engine(case), []
+    for _ in range(4):  # some are skipped: the first scales of FP16 overflow
+        before, updates = copies(engine), len(seen)
+        hooks = state.before_each_update(engine, lambda: seen.append(copies(engine)))
+        train(engine, range(1))
+        for hook in hooks:
+            hook.remove()
+        after = seen[updates] if len(seen) > updates else copies(engine)
+        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    train(engine, range(1))
+    assert seen, "nothing was told of any update"
+    assert not torch.equal(torch.cat(copies(engine)), torch.cat(seen[-1]))
+
+
+def copies(engine):
+    return [view.clone() for part in state.held(engine) for view in part.views]
 
 
 def test_the_parameters_of_stage_3_that_are_partitioned_have_their_names(alone):

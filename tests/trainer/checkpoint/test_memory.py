@@ -124,9 +124,10 @@ def test_a_worker_killed_while_it_fills_a_buffer_leaves_no_seal_on_it(engine, st
     def die(*arguments):
         raise Crash
 
-    monkeypatch.setattr("finetune_trainer.checkpoint.saving.copy_in", die)
+    monkeypatch.setattr("finetune_trainer.checkpoint.shard.copy_in", die)
+    saver.begin_save(position(12))
     with pytest.raises(Crash):
-        saver.begin_save(position(12))
+        saver.wait_for_copy()
     assert [json.loads(path.read_text())["step"] for path in pod.glob("*.seal")] == [11]
 
 

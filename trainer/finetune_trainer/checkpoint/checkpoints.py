@@ -90,6 +90,7 @@ class Checkpoints:
         self._head = Head(0, generation, "")
         self._steps_ahead = 0
         self._saver: Saver | None = None
+        self._hooks: list[Any] = []
 
     def resume(self) -> tuple[Position, Resumed]:
         """Fence ``HEAD``, restore the newest state there is, and tell which and where from.
@@ -134,6 +135,7 @@ class Checkpoints:
             parameters=parameters,
             bytes_per_second=self._upload_bytes_per_second,
         )
+        self._hooks = state.before_each_update(self._engine, self.wait_for_copy)
         if in_memory and not any(kept.step == position.step for kept in head.kept):
             self._saver.adopt(*in_memory)
         return position, resumed
@@ -156,14 +158,15 @@ class Checkpoints:
         """Tell whether this rank could begin a save now. Local."""
         return self._running.has_room()
 
-    def begin_save(self, position: Position) -> float:
-        """Copy the engine's state as it is now, between two optimizer steps, and save it beside training.
+    def begin_save(self, position: Position) -> None:
+        """Save the engine's state as it is now, between two optimizer steps, beside training.
 
-        All ranks must have room. Returns the seconds that training stood still.
+        All ranks must have room. The engine's next optimizer step waits until the state is copied; whoever changes it by other means
+        must :meth:`wait_for_copy` first.
         """
         ahead = state.steps_ahead(self._engine)
         assert ahead == self._steps_ahead, f"masters are {ahead - self._steps_ahead} steps ahead"
-        return self._running.begin(
+        self._running.begin(
             Seal(
                 prefix=self._prefix,
                 save=SaveId(self._head.lineage, position.step, self._generation),
@@ -177,6 +180,10 @@ class Checkpoints:
                 sources=self._sources,
             )
         )
+
+    def wait_for_copy(self) -> None:
+        """Wait until the state of every save that was begun is copied and may change. Local."""
+        self._running.wait_for_copy()
 
     def ended(self) -> list[Outcome]:
         """Return the saves that ended since this was asked last. Local."""
@@ -205,6 +212,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Give up threads and groups; for who makes several in one process."""
+        for hook in self._hooks:
+            hook.remove()
         if self._saver is not None:
             self._saver.close()
         self._ranks.close()

@@ -15,7 +15,7 @@ What its own helpers get wrong, found by running it:
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,12 @@ def steps_ahead(engine: Any) -> int:
     masters and counters do not belong together, and the state must not be saved.
     """
     return adam_step(engine) - (int(engine.global_steps) - int(engine.skipped_steps))
+
+
+def before_each_update(engine: Any, call: Callable[[], None]) -> list[Any]:
+    """Have ``call`` made before anything that :func:`owned` returns is changed by a step. Returns handles, with ``remove()``."""
+    optimizers = {id(one): one for one in (_optimizer_of(engine, fragment.flat) for fragment in _fragments(engine))}
+    return [one.register_step_pre_hook(lambda *_: call()) for one in optimizers.values()]
 
 
 def scalars(engine: Any) -> Json:

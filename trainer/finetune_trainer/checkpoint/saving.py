@@ -1,9 +1,11 @@
-"""Saving beside training: each rank has one background thread, and the threads of all ranks finish a save together.
+"""Saving beside training: each rank has background threads, and those of all ranks finish a save together.
 
-The training thread copies what the rank owns into a free buffer (see staging) and goes on. The background thread hashes the buffer,
-seals it, uploads it and tells the others through a group of its own; when all have uploaded, rank 0 creates the manifest and swaps
-``HEAD``. Saves finish in the order they began, at most as many as there are buffers are under way, and the uploads read the buffers
-directly, so memory is bounded by what was allocated before the first step.
+What a rank owns changes in the optimizer step and nowhere else. So it is copied into a free buffer (see staging) while the passes of the
+next step are computed; that step waits for the copy, and this is all that training stands still for. Behind it the buffer is hashed
+and sealed at once, though saves before it may still be on their way. One thread uploads it and tells the others through a group
+of its own; when all have uploaded, rank 0 creates the manifest and swaps ``HEAD``. Saves finish in the order they began, at most as
+many as there are buffers are under way, and the uploads read the buffers directly, so memory is bounded by what was allocated before
+the first step.
 
 A save fails on all ranks or on none, with the same error. Whatever is wrong with the store costs that save and nothing else: the
 next one that is due tries again. Only a generation that has been replaced ends (``ENDS_TRAINING``).
@@ -21,7 +23,7 @@ from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_api.protocol import Checkpoint
 from finetune_trainer.checkpoint import deepspeed_state as state
@@ -31,12 +33,14 @@ from finetune_trainer.checkpoint.head import Head, Kept
 from finetune_trainer.checkpoint.manifest import MANIFEST_NAME, Json, Manifest, Parameter, Shard
 from finetune_trainer.checkpoint.ranks import Ranks
 from finetune_trainer.checkpoint.retention import delete_folders, delete_orphans
-from finetune_trainer.checkpoint.shard import Layout, chunk_digests, copy_in
+from finetune_trainer.checkpoint.shard import Copy, Layout, chunk_digests
 from finetune_trainer.checkpoint.staging import Seal, Slot, Staging
 from finetune_trainer.errors import CheckpointsLost, Stale, TrainingError
 from finetune_trainer.object_store import ObjectStore
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ENDS_TRAINING = (Stale,)
 """Nothing that this generation trains from here on could be committed. Every other failure costs that save and nothing else.
@@ -46,24 +50,31 @@ there is, to end it would lose that too, and the next save finds out whether it 
 and so does a bucket to which its result cannot be written.
 """
 
-NICENESS = 10  # of the background thread, where training needs the processor too
+NICENESS = 10  # of what hashes and uploads, where training needs the processor too
 BEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a save ended: with a checkpoint or an error. ``seconds`` counts from when its numbers were copied."""
+    """How a save ended: with a checkpoint or an error. ``seconds`` counts from when it began.
+
+    The copy took ``copy_seconds``, None where an earlier generation made it, and training stood still for ``stall_seconds`` of them.
+    """
 
     step: int
     seconds: float
+    copy_seconds: float | None = None
+    stall_seconds: float = 0.0
     checkpoint: Checkpoint | None = None
     error: TrainingError | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _UnderWay:
     slot: Slot
+    copied: Future[float | None]
     outcome: Future[Outcome]
+    stall_seconds: float = 0.0
 
 
 class Saver:
@@ -112,14 +123,16 @@ class Saver:
         self._under_way: deque[_UnderWay] = deque()
         self._ungraded: dict[int, float] = {}  # by step: what HEAD does not have yet; touched by the background alone
         self._grading: Future[None] | None = None
+        self._copier = ThreadPoolExecutor(1, "copier")  # training may wait for it, so it is as urgent
+        self._sealer = ThreadPoolExecutor(1, "sealer", initializer=_yield_to_training)
         self._thread = ThreadPoolExecutor(1, "saver", initializer=_yield_to_training)
 
     def has_room(self) -> bool:
         """Tell whether this rank has a buffer for another save."""
         return sum(not save.outcome.done() for save in self._under_way) < len(self._staging.slots)
 
-    def begin(self, seal: Seal) -> float:
-        """Copy the numbers as they are now, finish the save beside training, and return the seconds that training stood still.
+    def begin(self, seal: Seal) -> None:
+        """Save the numbers as they are now, beside training. Until :meth:`wait_for_copy` they must not change.
 
         ``seal`` says what they are; its shard is filled in here. There must be room on every rank.
         """
@@ -127,13 +140,26 @@ class Saver:
         slot = self._staging.free({save.slot for save in self._under_way if not save.outcome.done()})
         assert slot is not None, "a save without room"
         slot.break_seal()
-        copy_in(self._layout, state.owned(self._engine), slot.buffer)
-        self._submit(slot, seal, partial(self._seal, slot, seal))
-        return time.monotonic() - started
+        copy = Copy(self._layout, state.owned(self._engine), slot.buffer)
+        copied = self._copier.submit(_timed, copy.run)
+        sealed = self._sealer.submit(self._seal, slot, seal, copied)
+        self._submit(slot, seal, copied, sealed)
+        self._under_way[-1].stall_seconds = time.monotonic() - started
+
+    def wait_for_copy(self) -> None:
+        """Wait until the numbers of every save that was begun are copied and may change.
+
+        Raises:
+            Exception: they could not be.
+        """
+        for save in self._under_way:
+            started = time.monotonic()
+            save.copied.result()
+            save.stall_seconds += time.monotonic() - started
 
     def adopt(self, slot: Slot, seal: Seal) -> None:
         """Finish the save of an earlier generation whose numbers are in a buffer on every rank."""
-        self._submit(slot, seal, lambda: seal.shard)
+        self._submit(slot, seal, _done(None), _done(seal.shard))
 
     def grade(self, step: int, metric: float) -> None:
         """Note beside training, after the saves under way, what the evaluation of a step gave. What is not finite is no grade."""
@@ -148,7 +174,9 @@ class Saver:
         """
         ended = []
         while self._under_way and self._under_way[0].outcome.done():
-            ended.append(self._under_way.popleft().outcome.result())
+            save = self._under_way.popleft()
+            outcome, copy_seconds = save.outcome.result(), save.copied.result()
+            ended.append(replace(outcome, copy_seconds=copy_seconds, stall_seconds=save.stall_seconds))
         return ended
 
     def wait(self, alive: Callable[[], None]) -> list[Outcome]:
@@ -163,18 +191,19 @@ class Saver:
         return self.outcomes()
 
     def close(self) -> None:
-        """Give up the thread, once what it is at is done, and the group."""
-        self._thread.shutdown(cancel_futures=True)
+        """Give up the threads, once what they are at is done, and the group."""
+        for thread in (self._thread, self._sealer, self._copier):  # each waits for those behind it
+            thread.shutdown(cancel_futures=True)
         self._ranks.close()
 
-    def _submit(self, slot: Slot, seal: Seal, shard: Callable[[], Shard]) -> None:
+    def _submit(self, slot: Slot, seal: Seal, copied: Future[float | None], sealed: Future[Shard]) -> None:
         self._saves += 1
         folder = f"{CHECKPOINTS_KEY}step-{seal.position.step}/{self._attempt}-{self._saves}/"
-        future = self._thread.submit(self._finish, slot, seal, folder, shard, time.monotonic())
-        self._under_way.append(_UnderWay(slot, future))
+        future = self._thread.submit(self._finish, slot, seal, folder, sealed, time.monotonic())
+        self._under_way.append(_UnderWay(slot, copied, future))
 
-    def _finish(self, slot: Slot, seal: Seal, folder: str, shard: Callable[[], Shard], started: float) -> Outcome:
-        step, described = seal.position.step, shard()
+    def _finish(self, slot: Slot, seal: Seal, folder: str, sealed: Future[Shard], started: float) -> Outcome:
+        step, described = seal.position.step, sealed.result()
         try:
             if self._is_lost:
                 self._ranks.first(self._head_writer.require_own)
@@ -190,8 +219,9 @@ class Saver:
         self._is_lost = False
         return Outcome(step, time.monotonic() - started, checkpoint=as_told(kept, self._prefix))
 
-    def _seal(self, slot: Slot, seal: Seal) -> Shard:
-        """Say what the buffer holds, now that it is hashed."""
+    def _seal(self, slot: Slot, seal: Seal, copied: Future[float | None]) -> Shard:
+        """Hash the buffer once it is filled, and say what it holds."""
+        copied.result()
         name = f"rank-{seal.rank:05}.safetensors"
         shard = Shard(name, self._layout.size_bytes, chunk_digests(slot.buffer), self._layout.intervals)
         try:
@@ -260,6 +290,18 @@ def as_told(kept: Kept, prefix: str) -> Checkpoint:
     """Return a committed checkpoint as status has it."""
     uri = f"{prefix}/{kept.folder.rstrip('/')}"
     return Checkpoint(step=kept.step, uri=uri, size_bytes=kept.size_bytes, commit_time=kept.commit_time)
+
+
+def _timed(work: Callable[[], None]) -> float | None:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
 
 
 def _yield_to_training() -> None:

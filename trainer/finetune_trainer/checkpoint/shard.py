@@ -53,9 +53,34 @@ def lay_out(owned: Sequence[Owned], parameter_index: dict[str, int]) -> Layout:
     return Layout(header, tuple(intervals), offset)
 
 
+class Copy:
+    """A copy, to be made by another thread, of the numbers as they are now into a buffer of the layout's size.
+
+    Until it was made they must not change. From a device it is made on a stream of its own, so that what is computed next does not queue
+    behind it; what was queued before comes first.
+    """
+
+    def __init__(self, layout: Layout, owned: Sequence[Owned], buffer: memoryview) -> None:
+        self._layout, self._owned, self._buffer = layout, owned, buffer
+        self._device = owned[0].views[0].device if owned else torch.device("cpu")
+        self._queued = None if self._device.type == "cpu" else torch.cuda.current_stream(self._device).record_event()
+
+    def run(self) -> None:
+        """Make it, and return when it is made."""
+        if self._queued is None:
+            copy_in(self._layout, self._owned, self._buffer)
+            return
+        with torch.cuda.device(self._device):  # a thread starts with the first one
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            stream.wait_event(self._queued)
+            with torch.cuda.stream(stream):
+                copy_in(self._layout, self._owned, self._buffer)
+            stream.synchronize()
+
+
 @torch.no_grad()
 def copy_in(layout: Layout, owned: Sequence[Owned], buffer: memoryview) -> None:
-    """Fill a buffer of the layout's size with the numbers as they are now. All that training stands still for."""
+    """Fill a buffer of the layout's size with the numbers as they are now."""
     buffer[: len(layout.header)] = layout.header
     numbers, at = numbers_of(layout, buffer), 0
     for part in owned:

@@ -1,8 +1,7 @@
 """Two buffers per rank in which a checkpoint waits on its way to storage, and which outlive the worker that filled them.
 
 They are files in a memory-backed folder of the pod, mapped into memory and allocated before the first step, so that saving neither
-allocates nor can run out of room later. Training stands still for one copy into a buffer; hashing and uploading read from it while
-the next save goes to the other.
+allocates nor can run out of room later. While hashing and uploading read from one buffer the next save goes to the other.
 
 Beside each buffer lies a *seal*, a small JSON file that says what the buffer holds and what its chunks hash to. It is removed before
 the buffer is touched and written, whole, after the last chunk is hashed. So a seal always speaks the truth about its buffer, a worker
