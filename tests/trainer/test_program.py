@@ -13,6 +13,7 @@ from finetune_api import contract
 from finetune_api.contract import ExitCode
 from finetune_api.protocol import BeatKind
 from finetune_trainer.__main__ import main
+from finetune_trainer.job import read_job
 from tests.trainer.launch import Launcher, listening
 from tests.trainer.recipes import STEPS, classification
 
@@ -167,3 +168,13 @@ def test_a_whole_job_under_torchrun(launcher: Launcher, files: Path) -> None:
     assert listener.of(BeatKind.FAILURE) == []
     assert f"step {STEPS}/{STEPS}, epoch " in ended.stdout
     assert "evaluation at step 12: loss " in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("of_pod", "ranks", "of_rank"), [(1000, "1", 1000), (1000, "8", 125), (4, "8", 1), (None, "8", None)]
+)
+def test_the_ranks_of_a_pod_share_what_it_may_upload(
+    tmp_path: Path, of_pod: int | None, ranks: str, of_rank: int | None
+) -> None:
+    job = {**JOB, "checkpoint": {"uploadBytesPerSecond": of_pod}}
+    assert read_job(environment(tmp_path, GOOD, job, LOCAL_WORLD_SIZE=ranks)).upload_bytes_per_second == of_rank

@@ -32,6 +32,13 @@ class Job:
     scratch: Path
     staging: Path
     claims: Path
+    ranks_in_pod: int = 1
+
+    @property
+    def upload_bytes_per_second(self) -> int | None:
+        """What this rank may upload: its share of what its pod may."""
+        of_pod = self.file.checkpoint.upload_bytes_per_second
+        return None if of_pod is None else max(1, of_pod // self.ranks_in_pod)
 
     @property
     def recipe_digest(self) -> str:
@@ -61,6 +68,7 @@ def read_job(environment: Mapping[str, str]) -> Job:
         scratch=Path(environment.get(SCRATCH_VARIABLE, contract.SCRATCH_FOLDER)),
         staging=Path(environment.get(STAGING_VARIABLE, contract.STAGING_FOLDER)),
         claims=Path(environment.get(CLAIMS_VARIABLE, contract.CLAIMS_FOLDER)),
+        ranks_in_pod=int(environment.get("LOCAL_WORLD_SIZE", "1")),
     )
 
 

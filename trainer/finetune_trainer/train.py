@@ -104,7 +104,7 @@ class Run:
             sources=prepared.sources.versions(job.recipe),
             staging=(job.staging, job.scratch / "staging"),
             resume_from=file.resume_from,
-            upload_bytes_per_second=file.upload_bytes_per_second,
+            upload_bytes_per_second=job.upload_bytes_per_second,
         )
         self.autosave = Autosave(job, self.checkpoints, ranks, reporter)
         self.position = Position(step=0, samples_consumed=0)
