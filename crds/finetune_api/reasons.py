@@ -318,9 +318,10 @@ GROUPS: tuple[Group, ...] = (
         (
             Reason(
                 "BadData",
-                "The data cannot be read as the recipe says; the message has file, line and reason.",
+                "The data cannot be read as the recipe says (the message has file, line and reason), or it is not what the job's "
+                "checkpoints were trained on: somebody changed it.",
                 "Failed at once, without a restart.",
-                "Mend the data or the recipe, and submit a new job.",
+                "Mend the data or the recipe, and submit a new job. One with checkpoint.resumeFrom goes on from the last checkpoint.",
             ),
             Reason(
                 "BadConfig",
