@@ -68,11 +68,13 @@ def main() -> None:
         install_on(cluster)
         make_namespace(cluster, NAMESPACE)
         upload_inputs(cluster, Path(folder))
-        rows = {name: _case(cluster, name, hit, spares, times) for name, hit, spares, times in cases if times}
+        rows: dict[str, list[list[float]]] = {}
+        for name, hit, spares, times in cases:
+            if times:
+                rows[name] = _case(cluster, name, hit, spares, times)
+                RESULT.write_text(_table(rows))  # the next may take an hour
         cluster.kubectl("delete", "namespace", NAMESPACE, "--wait")
-    table = _table(rows)
-    sys.stdout.write(table)
-    RESULT.write_text(table)
+    sys.stdout.write(_table(rows))
 
 
 def _case(cluster: Cluster, name: str, hit: Hit, spares: int, times: int) -> list[list[float]]:
