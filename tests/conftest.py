@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -59,3 +59,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.cluster)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """The jobs of a test that failed go, or they would take the processors from those after it."""
+    report = yield
+    used = getattr(item, "funcargs", {})
+    if report.failed and {"operator", "namespace"} <= used.keys() and "job" not in used:  # one that tests share stays
+        used["operator"].kubectl("delete", "ftj", "--all", "--namespace", used["namespace"], "--wait=false")
+    return report
