@@ -279,8 +279,13 @@ def test_pods_that_have_failed_do_not_keep_a_job_from_being_suspended_or_resumed
     story = Story().trains()
     story.change(1, phase="Failed", reason="Evicted", disruption="TerminationByKubelet")
     story.edit(suspend=True)
+    assert [pod.rank for pod in story.go().delete] == [0, 1], "no pod is kept"
+    story.change(0, phase="Succeeded")
     story.go()
-    story.vanish(0)
+    assert story.say() == "Suspending: 2 pods are saving and leaving", (
+        "what is left of them could be taken for what a new gang is like"
+    )
+    story.vanish_all()
     story.go()
     assert (story.holds, story.generation) == ({"Suspended", "Ready"}, 2)
     story.edit(suspend=False)

@@ -47,7 +47,7 @@ def _seconds_left(observed: Observation, gang: Gang, member: Member) -> float:
 
 def is_stuck(observed: Observation, pod: PodView) -> bool:
     """Tell whether a pod that is being deleted is on a node that cannot be reached: it goes when its node does, or is back."""
-    if not pod.deleting or pod.ended:
+    if not pod.deleting:
         return False
     if pod.node_lost and silent_seconds(observed, pod.uid) >= SILENT_SECONDS:
         return True

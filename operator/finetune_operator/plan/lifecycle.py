@@ -55,7 +55,7 @@ def plan_job(observed: Observation) -> Plan:
         return _plan_deadline(observed)
     gang = status.gang or unset_gang(observed, 1)
     leaving = bool(gang.members) and (observed.job.spec.suspend or _is_suspended(status))
-    if leaving and all(pod.ended or is_stuck(observed, pod) for pod in observed.pods):
+    if leaving and all(is_stuck(observed, pod) for pod in observed.pods):
         gang, leaving = next_generation(observed, gang), False
     if observed.job.spec.suspend or leaving:
         return _plan_suspended(observed, gang)
@@ -199,18 +199,17 @@ def _plan_suspended(observed: Observation, gang: Gang) -> Plan:
     are no failure.
     """
     status = fold_reports(observed, gang, observed.status)
-    there = tuple(pod for pod in observed.pods if not pod.ended)
-    leaving = [pod for pod in there if not is_stuck(observed, pod)]
+    leaving = [pod for pod in observed.pods if not is_stuck(observed, pod)]
     if leaving:
         message = f"{len(leaving)} pods are saving and leaving"
         situation = Situation(JobPhase.SUSPENDED, "Suspending", message, under_way=True)
     else:
-        situation = Situation(JobPhase.SUSPENDED, "Suspended", _suspended_message(there))
+        situation = Situation(JobPhase.SUSPENDED, "Suspended", _suspended_message(observed.pods))
         status = pause(after_a_generation(status, at_rest=True))
-    if not gang.members and any(pod.generation == gang.generation for pod in there):
+    if not gang.members and any(pod.generation == gang.generation for pod in observed.pods):
         gang = next_generation(observed, gang)  # their names are taken for as long as they are there
     status = with_conditions(observed, status.model_copy(update={"gang": gang}), situation)
-    delete = tuple(pod for pod in there if not pod.deleting)
+    delete = tuple(pod for pod in observed.pods if not pod.deleting)
     return Plan(status, delete=delete, look_again_seconds=SILENT_SECONDS if leaving else None)
 
 
