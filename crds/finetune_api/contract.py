@@ -17,6 +17,7 @@ JOB_UID_LABEL = GROUP + "/job-uid"
 RANK_LABEL = GROUP + "/rank"
 GENERATION_LABEL = GROUP + "/generation"  # the one that the pod was created for
 PROFILE_ANNOTATION = GROUP + "/profile"  # of a pod: the administrator's profile that it was made by, whole
+SHAPE_ANNOTATION = GROUP + "/shape"  # of a pod: a digest of what of spec it was made with
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGER = "finetune-operator"
 LEADER_LABEL = GROUP + "/leader"

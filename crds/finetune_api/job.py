@@ -174,10 +174,15 @@ class Recovery(ApiModel):
     """Silence of all training ranks that counts as a hang, unless five of their steps take longer; 0: never. Taken at the next start."""
 
 
+def _same(path: str) -> str:
+    """Return what holds when a field that may be absent is as it was."""
+    return f"has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || self.{path} == oldSelf.{path})"
+
+
 def _unchanged(name: str) -> Rule:
     # At the level of spec, because a rule on an optional field itself is skipped when the field appears or goes.
     return Rule(
-        cel=f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})",
+        cel=_same(name),
         message=f"{name} cannot be changed after the job is created; create a new job",
         field=name,
     )
@@ -276,15 +281,14 @@ class ApiVersion(StrEnum):
     V1ALPHA1 = f"{contract.GROUP}/{contract.VERSION}"
 
 
-_SHAPE = Rule(
+def _shape(field: str, same: str, what: str) -> Rule:
     # Pods are made in one shape, and all of a gang's in the same. The first gang is in status before its pods are made.
-    cel="oldSelf.spec.suspend || self.spec.suspend || !has(oldSelf.status) || !has(oldSelf.status.gang)"
-    " || (self.spec.workers.resources == oldSelf.spec.workers.resources && self.spec.workers.profile == oldSelf.spec.workers.profile"
-    " && has(self.spec.workers.processesPerNode) == has(oldSelf.spec.workers.processesPerNode) && (!has(self.spec.workers.processesPerNode)"
-    " || self.spec.workers.processesPerNode == oldSelf.spec.workers.processesPerNode))",
-    message="resources, profile and processesPerNode are what pods are made with: set suspend to true first, or with the same change",
-    field="spec.workers",
-)
+    # An operator that did not see the suspension goes by the pods (finetune_operator/plan/shape.py has the same fields).
+    return Rule(
+        cel=f"oldSelf.spec.suspend || self.spec.suspend || !has(oldSelf.status) || !has(oldSelf.status.gang) || ({same})",
+        message=f"{what} what pods are made with: set suspend to true first, or with the same change",
+        field=field,
+    )
 
 
 class FineTuneJob(ApiModel):
@@ -326,7 +330,13 @@ class FineTuneJob(ApiModel):
             message="a job that is Complete or Failed stays so; create a new job to continue it",
             field="status.conditions",
         ),
-        _SHAPE,
+        _shape(
+            "spec.workers",
+            "self.spec.workers.resources == oldSelf.spec.workers.resources && self.spec.workers.profile == oldSelf.spec.workers.profile"
+            f" && {_same('spec.workers.processesPerNode')}",
+            "resources, profile and processesPerNode are",
+        ),
+        _shape("spec.checkpoint.stagingMemory", _same("spec.checkpoint.stagingMemory"), "stagingMemory is"),
     )
 
 

@@ -40,6 +40,12 @@ GROUPS: tuple[Group, ...] = (
                 "If it stays: the message says what is missing.",
             ),
             Reason(
+                "Reshaping",
+                "What pods are made with has changed, and the job was suspended for it when no operator looked; the pods of before save and "
+                "leave.",
+                "When the last one is gone new ones are made, and the next attempt goes on from the save. No restart is used.",
+            ),
+            Reason(
                 "Suspending",
                 "spec.suspend is true; the pods save and leave.",
                 "When the last one is gone the job is Suspended.",

@@ -24,6 +24,7 @@ from finetune_operator.plan.admission import find_problem
 from finetune_operator.plan.giving_way import QUOTA, Turn, is_waiting, turn_of
 from finetune_operator.plan.lifecycle import plan_job
 from finetune_operator.plan.observation import NewPod, Observation, Problem
+from finetune_operator.plan.shape import in_shape
 from finetune_operator.render.config import render_config
 from finetune_operator.render.network import render_network_policy
 from finetune_operator.render.pod import render_pod
@@ -92,9 +93,10 @@ class Reconciler:
         obstacle = None
         self._obstacles.pop(uid, None)
         if plan.create:
-            if not any(pod.usable for pod in observed.pods):  # else a new version would change what they run on
+            beside = in_shape(job, observed.pods)
+            if not any(pod.usable for pod in beside):  # else a new version would change what they run on
                 await self._furnish(job)
-            obstacle = await self._create_pods(job, plan.create, observed.pods)
+            obstacle = await self._create_pods(job, plan.create, beside)
         await self._delete_pods(plan.delete)
         if plan.delete_job:
             await self._delete_job(job)
@@ -123,12 +125,13 @@ class Reconciler:
         uids = {pod.uid for pod in pods}
         if job.status is not None and job.status.gang is not None:
             uids |= {member.uid for member in job.status.gang.members}  # the last word of one that is gone counts
+        example = find_example(in_shape(job, pods), self._settings)
         senior_waits, junior_waits = self._neighbours(body, pods)
         return Observation(
             job=job,
             pods=pods,
             heard={uid: heard[uid] for uid in uids if uid in heard},
-            problem=find_problem(job, with_profile_of(find_example(pods, self._settings), job, self._settings)),
+            problem=find_problem(job, with_profile_of(example, job, self._settings)),
             obstacle=self._obstacles.get(job.metadata.uid),
             hearing=self._reports.hearing,
             silent_seconds=self._settings.silent_seconds,
@@ -171,7 +174,7 @@ class Reconciler:
         self._furnished[job.metadata.uid] = job.metadata.generation
 
     async def _create_pods(self, job: FineTuneJob, places: Sequence[NewPod], pods: Sequence[PodView]) -> Problem | None:
-        """Create pods, and return why the first that was refused was: the same whichever answer came last."""
+        """Create pods beside others, and return why the first that was refused was: the same whichever answer came last."""
         limit = asyncio.Semaphore(POD_REQUESTS_AT_ONCE)
         settings = with_profile_of(find_example(pods, self._settings), job, self._settings)
         peer = find_peer(pods)

@@ -53,6 +53,7 @@ class PodView:
     agent_image: str = ""
     trainer_image: str = ""
     profile: str = ""  # that it was made by, whole (render/profile.py)
+    shape: str = ""  # that it was made in (plan/shape.py); an older operator did not say
     resource_version: str = ""
 
     @property
@@ -120,6 +121,7 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
         agent_image=_image(spec.get("initContainers", ()), contract.AGENT_CONTAINER),
         trainer_image=_image(spec.get("containers", ()), contract.TRAINER_CONTAINER),
         profile=sys.intern(metadata.get("annotations", {}).get(contract.PROFILE_ANNOTATION, "")),
+        shape=sys.intern(metadata.get("annotations", {}).get(contract.SHAPE_ANNOTATION, "")),
         resource_version=metadata.get("resourceVersion", ""),
     )
 

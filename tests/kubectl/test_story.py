@@ -69,7 +69,7 @@ Ended       57m ago, after 90s
 Failed: BadData, for 3m
   s3://datasets/reviews.jsonl line 7: label 'good' is not one of negative, positive
   next:  Failed at once, without a restart.
-  to do: Mend the data or the recipe, and submit a new job.
+  to do: Mend the data or the recipe, and submit a new job. One with checkpoint.resumeFrom goes on from the last checkpoint.
 """,
     ),
     "it has succeeded": (

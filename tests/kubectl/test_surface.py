@@ -85,7 +85,10 @@ def test_it_starts_without_what_only_trainer_operator_and_store_need(stand_in: S
 MISUSED = {
     "no job": (("status",), "Missing argument 'JOB'."),
     "an unknown option": (("status", "a", "--wide"), "No such option: --wide"),
-    "an unknown reason": (("explain", "hangs"), "hangs is no reason that a job's status gives; did you mean Hang?"),
+    "an unknown reason": (
+        ("explain", "hangs"),
+        "hangs is no reason that a job's status gives; did you mean Hang, Reshaping?",
+    ),
     "no such file": (("submit", "/nowhere/job.yaml"), "/nowhere/job.yaml: No such file or directory"),
 }
 

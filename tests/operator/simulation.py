@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from finetune_api.contract import ExitCode
+from finetune_api.contract import SHAPE_ANNOTATION, ExitCode
 from finetune_api.job import parse_job
 from finetune_api.protocol import (
     Action,
@@ -139,6 +139,7 @@ class Cluster:
         self.agents: dict[str, SimulatedAgent] = {}
         self.told: defaultdict[int, set[tuple[int, str, int, str, int]]] = defaultdict(set)
         self.started: defaultdict[int, list[str]] = defaultdict(list)
+        self.shapes: dict[int, str] = {}  # of a pod that was told to run a generation
         self.api.store(JOBS, job_body(spec, nodes=nodes), "ADDED")
         self.changed: list[JobKey] = []
         self.restart_operator()
@@ -261,6 +262,7 @@ class Cluster:
         order = orders_for(parse_job(body)).to(uid) if body else Order(Action.WAIT)
         if order.action == Action.RUN:
             self.told[order.generation].add((order.rank, uid, order.nodes, order.master_address, order.master_port))
+            self.shapes[order.generation] = pod.shape
         if agent.obey(order):
             self.started[agent.started].append(uid)
         return news
@@ -354,6 +356,11 @@ class Cluster:
             assert {(rank, uid) for rank, uid, *_ in orders} <= members
             assert len({(nodes, address, port) for *_, nodes, address, port in orders}) == 1, "one master for all"
             assert len({rank for rank, _ in members}) == len(members), "ranks are unique"
+        members = {member["uid"] for member in (self.status.get("gang") or {}).get("members", ())}
+        shapes = {
+            pod["metadata"]["annotations"][SHAPE_ANNOTATION] for pod in self.pods() if pod["metadata"]["uid"] in members
+        }
+        assert len(shapes) <= 1, "the pods of a gang have one shape"
         for uids in self.started.values():
             assert len(uids) == len(set(uids)), "an agent starts a generation once"
         places = [

@@ -17,6 +17,7 @@ from finetune_api.status import JobStatus
 from finetune_operator.plan.lifecycle import plan_job
 from finetune_operator.plan.observation import Heard, Hearing, Observation, Plan, Problem, timestamp
 from finetune_operator.plan.orders import orders_for
+from finetune_operator.plan.shape import shape_of
 from finetune_operator.render.names import pod_name
 from finetune_operator.views import ContainerView, PodView
 from tests.operator.documents import NOON, RECIPE, a_job
@@ -71,6 +72,7 @@ class Story:
                 rank=place.rank,
                 generation=place.generation,
                 created=timestamp(self.now),
+                shape=shape_of(self.job),
             )
         for pod in plan.delete:
             self.change(pod.uid, deleting=True)

@@ -106,6 +106,10 @@ LIVES = {
     "bad data": (trained(lambda s: _all_end(s, ExitCode.BAD_DATA)), "Failed"),
     "a job that is done": (trained(lambda s: s.workers_succeed()), "Current"),
     "a job that is being suspended": (trained(lambda s: s.edit(suspend=True)), "InProgress"),
+    "a job whose suspension for another shape nobody saw": (
+        trained(lambda s: s.change(1, shape="another")),
+        "InProgress",
+    ),
     "a suspended job": (trained(lambda s: s.edit(suspend=True), lambda s: s.go(), lambda s: s.vanish_all()), "Current"),
 }
 

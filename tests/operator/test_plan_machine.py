@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from finetune_api.job import parse_job
 from finetune_api.protocol import Checkpoint, Doing, Saves
 from finetune_operator.kube.api import JOBS, PODS
 from finetune_operator.kube.errors import Conflict, KubeError
+from finetune_operator.plan.shape import shape_of
 from tests.operator.fake_api import Crash
 from tests.operator.simulation import KEY, Cluster
 
@@ -223,7 +225,15 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
 
     @rule(nodes=st.integers(1, 3), spares=st.integers(0, 2))
     def workers_are_resized(self, nodes: int, spares: int) -> None:
-        self.cluster.edit(workers={"nodes": nodes, "spares": spares})
+        self.cluster.edit(workers=self.cluster.job["spec"]["workers"] | {"nodes": nodes, "spares": spares})
+
+    @precondition(lambda self: self.cluster.pods())
+    @rule(memory=st.sampled_from(["2Gi", "6Gi", "8Gi"]), looks=st.booleans())
+    def pods_are_reshaped_in_a_suspension_that_may_be_seen(self, memory: str, looks: bool) -> None:
+        self.cluster.edit(suspend=True, workers=self.cluster.job["spec"]["workers"] | {"resources": {"memory": memory}})
+        if looks:
+            self.a_moment_passes()
+        self.cluster.edit(suspend=False)
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 30.0, 700.0]))
     def time_passes(self, seconds: float) -> None:
@@ -254,6 +264,7 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
         """The job ends within a bounded number of steps, and what it leaves is right. Nodes that are cut off stay so."""
         cluster = self.cluster
         cluster.edit(suspend=False)
+        was_over = self.final is not None
         for uid in [uid for uid, agent in cluster.agents.items() if agent.cut]:
             cluster.cut(uid)
         for turn in range(20):
@@ -275,6 +286,10 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
         )  # the last two at one step in a row
         assert cluster.phase == "Succeeded" or reason in final, "nothing else is final"
         self.what_was_lost_adds_up()
+        if cluster.phase == "Succeeded" and not was_over:
+            assert cluster.shapes[cluster.generation] == shape_of(parse_job(cluster.job)), (
+                "the shape that spec asks for"
+            )
         assert cluster.job["metadata"]["uid"] == cluster.job_uid
         assert [body["kind"] for body in cluster.api.bodies(JOBS)] == ["FineTuneJob"]
 

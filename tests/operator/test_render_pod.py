@@ -48,6 +48,7 @@ def test_a_whole_pod() -> None:
           finetune.dev/profile: >-
             {"default": {"environment": {}, "gpuResource": "nvidia.com/gpu", "image": "registry.example/finetune-trainer:0.1.0",
             "imagePullSecrets": [], "nodeSelector": {}, "resources": {}, "sharedMemory": "1Gi", "tolerations": []}}
+          finetune.dev/shape: 6e0a7adf04203227
         ownerReferences:
         - apiVersion: finetune.dev/v1alpha1
           kind: FineTuneJob

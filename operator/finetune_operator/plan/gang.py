@@ -12,22 +12,23 @@ from collections.abc import Iterable, Mapping
 
 from finetune_api.status import Gang, Member
 from finetune_operator.plan.observation import NewPod, Observation, timestamp, unset_gang
+from finetune_operator.plan.shape import in_shape, misshapen
 from finetune_operator.plan.silence import find_loss, is_at_hand
 from finetune_operator.plan.suspects import is_suspect, nodes_to_avoid, still_avoided
 from finetune_operator.views import PodView
 
 
 def fit_pods(observed: Observation, gang: Gang) -> list[PodView]:
-    """Return the pods that a gang can be made of: they should be running, and are neither lost nor suspect."""
+    """Return the pods that a gang can be made of: in its shape, they should be running, and are neither lost nor suspect."""
     return [
         pod
-        for pod in observed.pods
+        for pod in in_shape(observed.job, observed.pods)
         if pod.usable and not is_suspect(gang, pod) and find_loss(observed, gang, pod) is None
     ]
 
 
 def unfit_pods(observed: Observation, gang: Gang) -> tuple[PodView, ...]:
-    """Return the pods beside the members that are lost or suspect and still there. Deleted, they go when their nodes let them."""
+    """Return the pods beside the members that are of another shape, lost or suspect. Deleted, they go when their nodes let them."""
     kept = {pod.uid for pod in fit_pods(observed, gang)} | {member.uid for member in gang.members}
     return tuple(pod for pod in observed.pods if pod.usable and pod.uid not in kept)
 
@@ -131,11 +132,16 @@ def grown(observed: Observation, gang: Gang) -> Gang:
 
 
 def _in_size_of(observed: Observation, gang: Gang, wanted: Gang) -> Gang:
-    """Return a gang without members in the size of another. It keeps its number, and so what it is held for, while no pod has it."""
-    if (gang.nodes, gang.processes_per_node) == (wanted.nodes, wanted.processes_per_node):
-        return gang
-    if any(pod.generation == gang.generation for pod in observed.pods):
+    """Return a gang without members in the size of another. It keeps its number, and so what it is held for, while no pod has it.
+
+    Pods of another shape cost it its number in any size: the pods that are made instead of them could not have their names.
+    """
+    is_same = (gang.nodes, gang.processes_per_node) == (wanted.nodes, wanted.processes_per_node)
+    in_the_way = misshapen(observed.job, observed.pods) if is_same else observed.pods
+    if any(pod.generation == gang.generation for pod in in_the_way):
         return wanted
+    if is_same:
+        return gang
     return wanted.model_copy(update={"generation": gang.generation})
 
 

@@ -35,6 +35,7 @@ from finetune_operator.plan.recovery import (
     with_restart,
 )
 from finetune_operator.plan.resizing import describe_resize, find_end, told_to_stop
+from finetune_operator.plan.shape import misshapen
 from finetune_operator.plan.silence import find_doubt, find_loss, is_taking_stock, silence_ends_in
 from finetune_operator.plan.spares import growth_to_replace, missing_spares, standing_by
 from finetune_operator.plan.suspects import with_suspects
@@ -54,7 +55,9 @@ def plan_job(observed: Observation) -> Plan:
     if _deadline_passed(observed):
         return _plan_deadline(observed)
     gang = status.gang or unset_gang(observed, 1)
-    leaving = bool(gang.members) and (observed.job.spec.suspend or _is_suspended(status))
+    leaving = bool(gang.members) and (
+        observed.job.spec.suspend or _is_suspended(status) or _is_misshapen(observed, gang)
+    )
     if leaving and all(is_stuck(observed, pod) for pod in observed.pods):
         gang, leaving = next_generation(observed, gang), False
     if observed.job.spec.suspend or leaving:
@@ -196,11 +199,14 @@ def _plan_suspended(observed: Observation, gang: Gang) -> Plan:
     """Pods are deleted first, so that their agents have the workers save; the generation ends when all are gone.
 
     A suspension that has begun comes to this end even if spec.suspend is false again meanwhile: pods that the operator itself deleted
-    are no failure.
+    are no failure. One that nobody has seen, in which the shape of pods was changed, is made up for in the same way.
     """
     status = fold_reports(observed, gang, observed.status)
     leaving = [pod for pod in observed.pods if not is_stuck(observed, pod)]
-    if leaving:
+    if leaving and not observed.job.spec.suspend and misshapen(observed.job, leaving):
+        message = f"{len(leaving)} pods are saving and leaving: they were made before spec asked for another shape"
+        situation = Situation(JobPhase.SUSPENDED, "Reshaping", message, under_way=True)
+    elif leaving:
         message = f"{len(leaving)} pods are saving and leaving"
         situation = Situation(JobPhase.SUSPENDED, "Suspending", message, under_way=True)
     else:
@@ -272,6 +278,12 @@ def _deadline_seconds(observed: Observation) -> float | None:
 
 def _is_suspended(status: JobStatus) -> bool:
     return any(c.type == ConditionType.SUSPENDED and c.status == "True" for c in status.conditions)
+
+
+def _is_misshapen(observed: Observation, gang: Gang) -> bool:
+    """Tell whether a member's pod is not in the shape that spec asks for, which it may do only while the job is suspended."""
+    members = {member.uid for member in gang.members}
+    return any(pod.uid in members for pod in misshapen(observed.job, observed.pods))
 
 
 def _states(observed: Observation, gang: Gang) -> list[AgentState]:

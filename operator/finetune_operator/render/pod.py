@@ -14,6 +14,7 @@ from finetune_api.quantity import total_bytes
 from finetune_api.recipe import Recipe
 from finetune_operator.kube_object import KubeObject
 from finetune_operator.plan.observation import NewPod
+from finetune_operator.plan.shape import shape_of
 from finetune_operator.render.names import child_metadata, child_name, job_labels, pod_name
 from finetune_operator.render.profile import snapshot
 from finetune_operator.settings import Profile, Settings
@@ -29,11 +30,15 @@ def render_pod(job: FineTuneJob, place: NewPod, settings: Settings, peer: PodVie
     """Return the pod for one place in the gang, with the images of a ``peer`` that trains, if there is one."""
     profile = settings.profiles[job.spec.workers.profile]
     labels = {contract.RANK_LABEL: str(place.rank), contract.GENERATION_LABEL: str(place.generation)}
+    annotations = {
+        contract.PROFILE_ANNOTATION: snapshot(job.spec.workers.profile, profile),
+        contract.SHAPE_ANNOTATION: shape_of(job),
+    }
     return {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": child_metadata(job, pod_name(job, place.rank, place.generation), labels)
-        | {"annotations": {contract.PROFILE_ANNOTATION: snapshot(job.spec.workers.profile, profile)}},
+        | {"annotations": annotations},
         "spec": {
             "restartPolicy": "OnFailure",
             "terminationGracePeriodSeconds": GRACE_SECONDS,
