@@ -99,6 +99,8 @@ class Gang(StatusModel):
     """When its members were committed."""
     stop_time: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
     """When they were told to save and stop, because spec asks for another size."""
+    growth_held_until: str | None = Field(default=None, json_schema_extra={"format": "date-time"})
+    """Until when it makes no pods to grow by, having given back those that it had to jobs that wait."""
     master_address: str | None = Field(default=None, max_length=64)
     """Where its ranks meet."""
     master_port: int | None = None

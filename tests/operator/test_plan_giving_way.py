@@ -9,6 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from finetune_api.contract import ExitCode
+from finetune_api.protocol import Action
 from finetune_operator.plan.giving_way import PATIENCE_SECONDS, Turn, is_waiting, turn_of
 from finetune_operator.plan.observation import NewPod, Problem
 from tests.operator.documents import NOON
@@ -252,7 +253,11 @@ def body_of(story: Story, name: str, created: int, **more: str) -> dict[str, Any
     created_at = f"2026-01-01T12:00:{created:02}Z"
     metadata = {"namespace": "team-a", "name": name, "creationTimestamp": created_at} | more
     status = story.job.status.to_wire() if story.job.status else None
-    return {"metadata": metadata, "spec": {"suspend": story.job.spec.suspend}, "status": status}
+    return {
+        "metadata": metadata,
+        "spec": {"suspend": story.job.spec.suspend, "workers": {"nodes": story.job.spec.workers.nodes}},
+        "status": status,
+    }
 
 
 def test_who_has_trained_goes_first_and_then_who_is_older() -> None:
@@ -361,3 +366,148 @@ def test_jobs_that_each_fit_alone_all_end(places: int, sizes: list[int], seed: i
 @given(seed=st.integers(0, 2**32))
 def test_the_oldest_job_that_never_fits_starves_nobody(seed: int) -> None:
     Crowd(4, [9, 3, 4, 2], seed).run_until_all_have_ended(1, 2, 3, seconds=range(0, 4000, 5))
+
+
+# Growth.
+
+
+def half_grown(spares: int = 0) -> Story:
+    """It trains on two nodes and is to have four; of the pods more the last fits nowhere."""
+    story = Story(f"workers: {{spares: {spares}}}").trains()
+    story.edit(workers=story.job.spec.workers.model_copy(update={"nodes": 4}))
+    story.go()
+    *placed, last = range(2, 4 + spares)
+    story.pods_start(*placed)
+    story.change(last, unschedulable=NO_ROOM)
+    story.go()
+    return story
+
+
+def test_half_a_growth_gives_way_to_whoever_waits_and_comes_again() -> None:
+    story = half_grown()
+    assert story.look().look_again_seconds == 15
+    assert story.go().delete == ()
+    story.flags = {"senior_waits": True}
+    plan = story.go()
+    assert ([pod.rank for pod in plan.delete], plan.create) == ([2, 3], ())
+    assert (story.phase, story.generation, story.attempts) == ("Running", 1, [])
+    assert story.say() == (
+        "Resizing: generation 1 trains on 2 nodes; workers.nodes is 4: "
+        "pods for it were given back to jobs that wait, next try at 2026-01-01T12:02:00Z"
+    )
+    story.vanish(2)
+    story.vanish(3)
+    story.flags = {}
+    assert (story.go().create, story.look().look_again_seconds) == ((), 120)
+    story.wait(119)
+    assert story.go().create == ()
+    story.wait(1)
+    assert [place.rank for place in story.go().create] == [2, 3]
+    assert story.job.status.gang.growth_held_until is None
+    story.pods_start(2)
+    story.pods_start(3)
+    story.go()
+    assert story.order(0).action == Action.STOP, "to be regrouped in four"
+
+
+def test_the_first_of_those_that_grow_keeps_its_half_until_its_patience_is_over() -> None:
+    story = half_grown()
+    story.flags = {"junior_waits": True}
+    story.wait(PATIENCE_SECONDS - 1)
+    assert story.go().delete == ()
+    story.wait(1)
+    assert [pod.rank for pod in story.go().delete] == [2, 3]
+
+
+GROWS_ON = {
+    "nobody else waits": lambda s: setattr(s, "flags", {}),
+    "nothing of it is placed": lambda s: s.change(2, node="", phase="Pending", unschedulable=NO_ROOM),
+    "all of it is placed": lambda s: s.change(3, unschedulable="", node="node-9"),
+}
+
+
+@pytest.mark.parametrize("what", GROWS_ON.values(), ids=GROWS_ON.keys())
+def test_which_growth_does_not_give_way(what) -> None:
+    story = half_grown()
+    story.flags = {"senior_waits": True, "junior_waits": True}
+    what(story)
+    story.wait(PATIENCE_SECONDS)
+    assert (story.go().delete, story.generation) == ((), 1)
+
+
+def test_spares_are_no_growth_and_stay() -> None:
+    story = half_grown(spares=1)
+    story.flags = {"senior_waits": True}
+    left = story.go().delete
+    assert len(left) == 2
+    for pod in left:
+        story.vanish(pod.rank)
+    assert story.go().create == ()
+    assert len(story.pods) == 3, "one stands by"
+
+
+def test_a_growth_that_is_taken_back_is_not_held_any_more() -> None:
+    story = half_grown()
+    story.flags = {"senior_waits": True}
+    story.go()
+    story.edit(workers=story.job.spec.workers.model_copy(update={"nodes": 2}))
+    story.go()
+    assert (story.job.status.gang.growth_held_until, story.say()) == (None, "Running: generation 1 trains on 2 nodes")
+
+
+def test_who_grows_goes_last_in_the_line() -> None:
+    growing, new = half_grown(), half_placed()
+    pods = tuple(growing.pods.values())
+    assert min([body_of(growing, "a", 1), body_of(new, "b", 9)], key=turn_of)["metadata"]["name"] == "b"
+    assert is_waiting(body_of(growing, "a", 1), pods, refused=False)
+    growing.flags = {"senior_waits": True}
+    growing.go()
+    assert not is_waiting(body_of(growing, "a", 1), pods, refused=False), "what is held holds up nobody"
+
+
+def grow(crowd: Crowd, number: int, nodes: int) -> None:
+    story = crowd.stories[number]
+    story.edit(workers=story.job.spec.workers.model_copy(update={"nodes": nodes}))
+
+
+def pass_time(crowd: Crowd, seconds: range) -> None:
+    for second in seconds:
+        for number in range(len(crowd.stories)):
+            crowd.act(number, second)
+            crowd.schedule()
+
+
+@settings(max_examples=5, deadline=None, phases=[Phase.generate])
+@given(seed=st.integers(0, 2**32))
+def test_a_job_that_will_never_have_room_to_grow_starves_nobody(seed: int) -> None:
+    crowd = Crowd(5, [2, 3, 2], seed)
+    crowd.work[0] = 10**6
+    for other in crowd.stories[1:]:
+        other.edit(suspend=True)
+    pass_time(crowd, range(10))
+    grow(crowd, 0, 9)
+    pass_time(crowd, range(10, 20))
+    assert len(crowd.stories[0].pods) == 9, "it holds all there is"
+    for other in crowd.stories[1:]:
+        other.edit(suspend=False)
+    crowd.run_until_all_have_ended(1, 2, seconds=range(20, 20 + int(PATIENCE_SECONDS)))
+    assert crowd.stories[0].generation == 1, "and trained on"
+
+
+@settings(max_examples=5, deadline=None, phases=[Phase.generate])
+@given(seed=st.integers(0, 2**32))
+def test_of_two_that_could_each_grow_alone_the_older_does_and_then_the_other(seed: int) -> None:
+    crowd = Crowd(6, [2, 2], seed)
+    crowd.work = [600, 10**6]
+    pass_time(crowd, range(10))
+    for number in (1, 0):
+        grow(crowd, number, 4)
+        crowd.act(number, 10)
+    behind = [pod for story in crowd.stories for pod in story.pods.values() if pod.rank == 2]
+    for story, pod in zip(crowd.stories, behind, strict=True):  # each gets half
+        story.change(pod.uid, node="node-9")
+    pass_time(crowd, range(10, 120))
+    assert [story.job.status.gang.nodes for story in crowd.stories] == [4, 2]
+    crowd.run_until_all_have_ended(0, seconds=range(120, 1200))
+    pass_time(crowd, range(1200, 1600))
+    assert crowd.stories[1].job.status.gang.nodes == 4

@@ -65,9 +65,13 @@ def surplus_pods(observed: Observation, gang: Gang, chosen: Mapping[int, PodView
 
 
 def wanted_behind(observed: Observation, gang: Gang) -> int:
-    """Return how many pods stand behind the gang: its spares, and those by which it is to grow."""
-    workers = observed.job.spec.workers
-    return workers.spares + max(0, workers.nodes - gang.nodes)
+    """Return how many pods stand behind the gang: its spares, and those by which it is to grow, unless it has given these back."""
+    return observed.job.spec.workers.spares + (0 if gang.growth_held_until else growth(observed, gang))
+
+
+def growth(observed: Observation, gang: Gang) -> int:
+    """Return by how many nodes the gang is to grow."""
+    return max(0, observed.job.spec.workers.nodes - gang.nodes)
 
 
 def idle_pods(observed: Observation, gang: Gang, chosen: Iterable[PodView] = ()) -> list[PodView]:

@@ -7,18 +7,23 @@ together for it; that is why each of them ends, if it fits at all. And if it doe
 ``PATIENCE_SECONDS`` it gives its pods back to whoever waits behind it. ``pendingDeadlineSeconds`` does so at any time, whoever waits.
 
 Whoever can be placed as a whole is: nobody waits for one that cannot.
+
+Gangs that train and are to grow stand last in the line. Half of a growth is given back likewise, while the gang trains on, and comes again
+after ``GROWTH_HOLD_SECONDS``.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_api.status import Gang
-from finetune_operator.plan.observation import Observation, instant
+from finetune_operator.plan.gang import growth, idle_pods, wanted_behind
+from finetune_operator.plan.observation import Observation, instant, timestamp
 from finetune_operator.views import PodView
 
 PATIENCE_SECONDS = 600.0
+GROWTH_HOLD_SECONDS = 120.0
 LINE_SECONDS = 15.0  # how often a half-placed gang looks whether somebody before it waits
 QUOTA = "QuotaExceeded"
 
@@ -27,7 +32,7 @@ QUOTA = "QuotaExceeded"
 class Turn:
     """A job's place in the line; the smallest goes first."""
 
-    never_trained: bool
+    order: int  # 0: it trained and cannot go on, 1: it has never trained, 2: it trains and is to grow
     created: str
     namespace: str
     name: str
@@ -35,20 +40,27 @@ class Turn:
 
 def turn_of(body: Mapping[str, Any]) -> Turn:
     """Return the place in the line of a job as the API server wrote it."""
-    metadata = body["metadata"]
-    trained = "startTime" in (body.get("status") or {})
-    return Turn(not trained, metadata.get("creationTimestamp", ""), metadata["namespace"], metadata["name"])
+    metadata, status = body["metadata"], body.get("status") or {}
+    trains, trained = bool((status.get("gang") or {}).get("members")), "startTime" in status
+    return Turn(
+        2 if trains else 0 if trained else 1,
+        metadata.get("creationTimestamp", ""),
+        metadata["namespace"],
+        metadata["name"],
+    )
 
 
 def is_waiting(body: Mapping[str, Any], pods: Iterable[PodView], *, refused: bool) -> bool:
-    """Tell whether a job's gang cannot be placed now: a pod fits nowhere, or the quota refuses one. Its spares do not count."""
-    status = body.get("status") or {}
+    """Tell whether a job's gang, or its growth, cannot be placed now: a pod fits nowhere, or the quota refuses one. Spares do not count."""
+    status, spec = body.get("status") or {}, body["spec"]
     gang = status.get("gang") or {}
-    if gang.get("members") or body["spec"].get("suspend"):
+    if spec.get("suspend") or "completionTime" in status or "deletionTimestamp" in body["metadata"]:
         return False
-    if "completionTime" in status or "deletionTimestamp" in body["metadata"]:
-        return False
-    return refused or any(pod.usable and pod.unschedulable and pod.rank < gang.get("nodes", 0) for pod in pods)
+    nodes, unplaced = gang.get("nodes", 0), [pod for pod in pods if pod.usable and pod.unschedulable]
+    if not gang.get("members"):
+        return refused or any(pod.rank < nodes for pod in unplaced)
+    grows = spec["workers"]["nodes"] > nodes and not gang.get("growthHeldUntil")
+    return grows and (refused or bool(unplaced))
 
 
 def find_reason_to_give_back(
@@ -65,6 +77,44 @@ def find_reason_to_give_back(
     if observed.junior_waits and waited >= PATIENCE_SECONDS:
         return "GaveWay", f"placed in part only for {PATIENCE_SECONDS:.0f} s, while other jobs cannot be placed"
     return None
+
+
+def with_growth_held(observed: Observation, gang: Gang) -> Gang:
+    """Return a gang that has its members with the time until which it gives back what it has to grow by, or without."""
+    held = gang.growth_held_until
+    if held is not None:
+        still = growth(observed, gang) > 0 and instant(held) > observed.now
+        return gang if still else gang.model_copy(update={"growth_held_until": None})
+    if not is_half_grown(observed, gang) or not _must_give_growth_back(observed, gang):
+        return gang
+    return gang.model_copy(
+        update={"growth_held_until": timestamp(observed.now + timedelta(seconds=GROWTH_HOLD_SECONDS))}
+    )
+
+
+def is_half_grown(observed: Observation, gang: Gang) -> bool:
+    """Tell whether some of the pods to grow by have what others wait for, and the others have nothing."""
+    behind = idle_pods(observed, gang)
+    refused = observed.obstacle is not None and observed.obstacle.reason == QUOTA
+    lacks = any(pod.unschedulable for pod in behind) or (refused and len(behind) < wanted_behind(observed, gang))
+    return growth(observed, gang) > 0 and lacks and len(_placed(behind)) > observed.job.spec.workers.spares
+
+
+def _must_give_growth_back(observed: Observation, gang: Gang) -> bool:
+    since = min(instant(pod.created) for pod in _placed(idle_pods(observed, gang)))
+    is_impatient = (observed.now - since).total_seconds() >= PATIENCE_SECONDS
+    return observed.senior_waits or (observed.junior_waits and is_impatient)
+
+
+def _placed(pods: Iterable[PodView]) -> list[PodView]:
+    return [pod for pod in pods if pod.node]
+
+
+def growth_look_again_seconds(observed: Observation, gang: Gang) -> float | None:
+    """Return in how many seconds a gang that is to grow may have to give pods back, or tries again."""
+    if gang.growth_held_until is not None:
+        return (instant(gang.growth_held_until) - observed.now).total_seconds()
+    return LINE_SECONDS if is_half_grown(observed, gang) else None
 
 
 def is_half_placed(observed: Observation, gang: Gang, chosen: Mapping[int, PodView]) -> bool:

@@ -19,7 +19,12 @@ from finetune_operator.plan.gang import (
     unfit_pods,
     with_members,
 )
-from finetune_operator.plan.giving_way import find_reason_to_give_back, look_again_seconds
+from finetune_operator.plan.giving_way import (
+    find_reason_to_give_back,
+    growth_look_again_seconds,
+    look_again_seconds,
+    with_growth_held,
+)
 from finetune_operator.plan.goodput import pause, settle
 from finetune_operator.plan.hang import find_hang
 from finetune_operator.plan.leaving import SILENT_SECONDS, describe, is_stuck
@@ -85,7 +90,8 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     look_again = _soonest(look_again, silence, _deadline_seconds(observed), spares.look_again_seconds(observed, gang))
     if is_taking_stock(observed, gang):  # what was known before stands until everybody could be heard
         return Plan(status, look_again_seconds=look_again)
-    gang = told_to_stop(observed, _with_suspects(observed, gang, None))
+    gang = with_growth_held(observed, told_to_stop(observed, _with_suspects(observed, gang, None)))
+    look_again = _soonest(look_again, growth_look_again_seconds(observed, gang))
     ready = sum(state in (AgentState.RUNNING, AgentState.SUCCEEDED) for state in states)
     gang = gang.model_copy(update={"ready": ready, "spares": standing_by(observed, gang)})
     status = status.model_copy(update={"gang": gang})

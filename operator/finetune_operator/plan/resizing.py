@@ -46,7 +46,9 @@ def describe_resize(observed: Observation, gang: Gang) -> str | None:
         return None
     wanted = next_generation(observed, gang)
     ended = ended_growth(observed, gang)
-    if ended:
+    if gang.growth_held_until is not None:
+        why = f"pods for it were given back to jobs that wait, next try at {gang.growth_held_until}"
+    elif ended:
         why = f"pod {ended[0].name} ended: {ended[0].reason or ended[0].phase} {ended[0].message}".strip()
     else:
         why = waiting_for(observed, choose_pods(observed, wanted), wanted.nodes).message

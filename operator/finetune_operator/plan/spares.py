@@ -11,7 +11,7 @@ from datetime import timedelta
 from itertools import count
 
 from finetune_api.status import Gang
-from finetune_operator.plan.gang import idle_pods, wanted_behind
+from finetune_operator.plan.gang import growth, idle_pods, wanted_behind
 from finetune_operator.plan.observation import NewPod, Observation, instant
 from finetune_operator.plan.suspects import nodes_to_avoid
 from finetune_operator.views import PodView
@@ -28,7 +28,7 @@ def missing_spares(observed: Observation, gang: Gang) -> tuple[NewPod, ...]:
 
 def ended_growth(observed: Observation, gang: Gang) -> tuple[PodView, ...]:
     """Return the pods that a gang needs to grow and that have ended by themselves, while no spare is there instead."""
-    lacking = observed.job.spec.workers.nodes - gang.nodes - len(idle_pods(observed, gang))
+    lacking = growth(observed, gang) - len(idle_pods(observed, gang))
     return tuple(_ended(observed, gang)[: max(0, lacking)])
 
 
