@@ -72,7 +72,8 @@ def retention_of(wish: JobCheckpoint) -> Retention:
     """Return which checkpoints a job keeps."""
     if wish.keep_best is None:
         return Retention(wish.keep)
-    return Retention(wish.keep, "lowest" if MetricName(wish.keep_best) in LOWER_IS_BETTER else "highest")
+    is_lower_better = MetricName(wish.keep_best) in LOWER_IS_BETTER
+    return Retention(wish.keep, "lowest" if is_lower_better else "highest", wish.keep_best)
 
 
 def _exp(mean: float) -> float:

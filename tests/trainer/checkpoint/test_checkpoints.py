@@ -592,6 +592,28 @@ def test_a_grade_that_could_not_be_noted_comes_with_the_next_commit(engine, stor
     assert len(objects(store, "/step-10/")) == 2
 
 
+def test_what_another_metric_gave_is_no_grade(engine, store):
+    """0.9 would be the lowest perplexity for ever."""
+    first = checkpoints(engine, store, 1, keep=1, best="highest", metric="Accuracy")
+    first.resume()
+    for step, accuracy in ((10, 0.9), (20, 0.5)):
+        save(engine, first, step)
+        first.grade(step, accuracy)
+    first.wait()
+    second = checkpoints(engine, store, 2, keep=1, best="lowest", metric="Perplexity")
+    second.resume()
+    for step, perplexity in ((30, 7.0), (40, 8.0)):
+        save(engine, second, step)
+        second.grade(step, perplexity)
+    second.wait()
+    assert [(kept.step, kept.metric) for kept in head(store).kept] == [(40, 8.0), (30, 7.0)]
+    third = checkpoints(engine, store, 3, keep=1, best="lowest", metric="Perplexity")
+    third.resume()
+    save(engine, third, 50)
+    assert [(kept.step, kept.metric) for kept in head(store).kept] == [(50, None), (30, 7.0)]
+    assert head(store).graded_by == "Perplexity"
+
+
 @pytest.mark.parametrize("metric", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("best", ["lowest", "highest"])
 def test_what_is_not_finite_is_never_the_best(engine, store, best, metric):

@@ -30,6 +30,7 @@ HEAD = head.Head(
     lineage=2,
     skipped_ranges=((640, 704), (128, 192)),
     rollbacks=2,
+    graded_by="MacroF1",
 )
 HEAD_DOCUMENT = {
     "version": 1,
@@ -49,6 +50,7 @@ HEAD_DOCUMENT = {
     "lineage": 2,
     "skippedRanges": [[640, 704], [128, 192]],
     "rollbacks": 2,
+    "gradedBy": "MacroF1",
 }
 MANIFEST = Manifest(
     position=Position(100, 6400, ((128, 192),), (2.5, 0.25)),

@@ -56,7 +56,7 @@ class Head:
     """The content of ``HEAD``. ``kept`` is newest first; ``sequence`` rises by one with each swap.
 
     ``lineage`` rises with each rollback, and with it everything staged before becomes void; ``skipped_ranges`` are the samples left
-    out since, half-open, and ``rollbacks`` counts them.
+    out since, half-open, and ``rollbacks`` counts them. ``graded_by`` names what the ``metric`` of each checkpoint is.
     """
 
     sequence: int
@@ -66,22 +66,31 @@ class Head:
     lineage: int = 0
     skipped_ranges: tuple[tuple[int, int], ...] = ()
     rollbacks: int = 0
+    graded_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Which checkpoints stay: the newest ``keep``, and the best by a metric unless ``best`` is None."""
+    """Which checkpoints stay: the newest ``keep``, and the best by ``metric`` unless ``best`` is None."""
 
     keep: int
     best: Literal["highest", "lowest"] | None = None
+    metric: str | None = None
+
+    def graded(self, head: Head, kept: tuple[Kept, ...], grades: Mapping[int, float]) -> Head:
+        """Return ``HEAD`` with what stays of ``kept`` after evaluations by this metric. What another one gave is no grade any more."""
+        if self.metric is not None and head.graded_by not in {None, self.metric}:
+            kept = tuple(replace(old, metric=None) for old in kept)
+        kept = tuple(replace(old, metric=grades.get(old.step, old.metric)) for old in kept)
+        return replace(head, kept=self.retained(kept), graded_by=self.metric or head.graded_by)
 
     def retained(self, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
         """Return what stays of checkpoints that are listed newest first."""
         newest, rest = kept[: self.keep], kept[self.keep :]
-        graded = [entry for entry in kept if entry.metric is not None and math.isfinite(entry.metric)]
-        if self.best is None or not graded:
+        candidates = [entry for entry in kept if entry.metric is not None and math.isfinite(entry.metric)]
+        if self.best is None or not candidates:
             return newest
-        best = (max if self.best == "highest" else min)(graded, key=lambda entry: entry.metric or 0.0)
+        best = (max if self.best == "highest" else min)(candidates, key=lambda entry: entry.metric or 0.0)
         return newest + tuple(entry for entry in rest if entry is best)
 
 
@@ -105,7 +114,7 @@ class Add:
     def apply(self, head: Head) -> Head:
         """Return the content afterwards."""
         kept = (self.new, *(old for old in head.kept if old.manifest != self.new.manifest))
-        return replace(head, kept=self.retention.retained(_graded(kept, dict(self.grades))))
+        return self.retention.graded(head, kept, dict(self.grades))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +127,7 @@ class Grade:
 
     def apply(self, head: Head) -> Head:
         """Return the content afterwards."""
-        return replace(head, kept=self.retention.retained(_graded(head.kept, {self.step: self.metric})))
-
-
-def _graded(kept: tuple[Kept, ...], grades: Mapping[int, float]) -> tuple[Kept, ...]:
-    return tuple(replace(old, metric=grades.get(old.step, old.metric)) for old in kept)
+        return self.retention.graded(head, head.kept, {self.step: self.metric})
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +262,7 @@ def encode(head: Head) -> bytes:
         "lineage": head.lineage,
         "skippedRanges": [list(pair) for pair in head.skipped_ranges],
         "rollbacks": head.rollbacks,
+        "gradedBy": head.graded_by,
     }
     return json.dumps(document, indent=1).encode()
 
@@ -279,6 +285,7 @@ def decode(body: bytes) -> Head:
             lineage=int(document.get("lineage", 0)),
             skipped_ranges=tuple((int(first), int(last)) for first, last in document.get("skippedRanges", ())),
             rollbacks=int(document.get("rollbacks", 0)),
+            graded_by=None if document.get("gradedBy") is None else str(document["gradedBy"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unreadable(f"{type(error).__name__}: {error}") from error
