@@ -371,14 +371,18 @@ def test_the_oldest_job_that_never_fits_starves_nobody(seed: int) -> None:
 # Growth.
 
 
-def half_grown(spares: int = 0) -> Story:
-    """It trains on two nodes and is to have four; of the pods more the last fits nowhere."""
+def half_grown(spares: int = 0, nodes: int = 4, lacking: int = 1) -> Story:
+    """It trains on two nodes and is to have more; of the pods behind it the last fit nowhere, and its spares are a day old."""
     story = Story(f"workers: {{spares: {spares}}}").trains()
-    story.edit(workers=story.job.spec.workers.model_copy(update={"nodes": 4}))
+    for spare in range(2, 2 + spares):
+        story.pods_start(spare)
+    story.wait(86400)
+    story.edit(workers=story.job.spec.workers.model_copy(update={"nodes": nodes}))
     story.go()
-    *placed, last = range(2, 4 + spares)
-    story.pods_start(*placed)
-    story.change(last, unschedulable=NO_ROOM)
+    behind = range(2, nodes + spares)
+    story.pods_start(*behind[:-lacking])
+    for rank in behind[-lacking:]:
+        story.change(rank, unschedulable=NO_ROOM)
     story.go()
     return story
 
@@ -389,11 +393,13 @@ def test_half_a_growth_gives_way_to_whoever_waits_and_comes_again() -> None:
     assert story.go().delete == ()
     story.flags = {"senior_waits": True}
     plan = story.go()
+    assert (plan.delete, plan.create) == ((), ()), "not before the API server has it"
+    plan = story.go()
     assert ([pod.rank for pod in plan.delete], plan.create) == ([2, 3], ())
     assert (story.phase, story.generation, story.attempts) == ("Running", 1, [])
     assert story.say() == (
         "Resizing: generation 1 trains on 2 nodes; workers.nodes is 4: "
-        "pods for it were given back to jobs that wait, next try at 2026-01-01T12:02:00Z"
+        "pods for it were given back to jobs that wait, next try at 2026-01-02T12:02:00Z"
     )
     story.vanish(2)
     story.vanish(3)
@@ -416,6 +422,7 @@ def test_the_first_of_those_that_grow_keeps_its_half_until_its_patience_is_over(
     story.wait(PATIENCE_SECONDS - 1)
     assert story.go().delete == ()
     story.wait(1)
+    story.go()
     assert [pod.rank for pod in story.go().delete] == [2, 3]
 
 
@@ -436,14 +443,26 @@ def test_which_growth_does_not_give_way(what) -> None:
 
 
 def test_spares_are_no_growth_and_stay() -> None:
-    story = half_grown(spares=1)
+    story = half_grown(spares=1, nodes=5, lacking=2)
+    story.flags = {"junior_waits": True}
+    assert story.go().delete == story.go().delete == (), "a growth is as old as its own pods"
     story.flags = {"senior_waits": True}
+    story.go()
     left = story.go().delete
-    assert len(left) == 2
+    assert len(left) == 3
     for pod in left:
         story.vanish(pod.rank)
     assert story.go().create == ()
-    assert len(story.pods) == 3, "one stands by"
+    assert [pod.node for pod in story.pods.values() if pod.rank >= 2] == ["node-2"], "one stands by"
+
+
+def test_a_growth_that_lacks_a_spare_only_is_whole() -> None:
+    story = half_grown(spares=1)
+    story.flags = {"senior_waits": True, "junior_waits": True}
+    assert story.order(0).action == Action.STOP, "to be regrouped in four"
+    story.go()
+    assert (story.go().delete, story.job.status.gang.growth_held_until) == ((), None)
+    assert not is_waiting(body_of(story, "a", 1), tuple(story.pods.values()), refused=False)
 
 
 def test_a_growth_that_is_taken_back_is_not_held_any_more() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from finetune_api.contract import SHAPE_ANNOTATION, ExitCode
 from finetune_api.job import Resources, parse_job
-from finetune_api.protocol import Action
+from finetune_api.protocol import Action, Saves
 from finetune_operator.plan.observation import NewPod, Problem
 from finetune_operator.plan.shape import shape_of
 from tests.operator.documents import SCRIPT, a_job
@@ -76,6 +76,25 @@ def test_a_suspension_that_nobody_saw_is_made_up_for() -> None:
     assert (story.restarts, story.attempts, "Suspended" in story.holds) == (0, [], False)
     assert story.recovers().generation == 2
     assert story.go().delete == ()
+
+
+def test_a_gang_that_has_done_its_work_meanwhile_has_succeeded() -> None:
+    story = Story().trains()
+    story.workers_succeed()
+    reshape(story).go()
+    assert (story.phase, story.attempts) == ("Succeeded", [])
+
+
+def test_nothing_is_said_any_more_of_the_saves_of_before() -> None:
+    story = Story().trains()
+    story.report(0, saves=Saves(saving_step=120, saving_since="2026-01-01T12:00:00Z", put_off=1))
+    story.go()
+    assert story.condition("CheckpointsDelayed").status == "True"
+    reshape(story).go()
+    story.vanish_all()
+    story.go()
+    assert (story.generation, story.job.status.saves.saving_step) == (2, None)
+    assert story.condition("CheckpointsDelayed").status == "False"
 
 
 def test_so_is_one_of_more_processes_which_needs_other_pods_and_not_only_another_gang() -> None:

@@ -398,7 +398,7 @@ def test_a_pod_stuck_on_a_dead_node_keeps_no_job_from_being_suspended_and_resume
     story.go()
     assert (
         story.say()
-        == "Suspended: spec.suspend is true; no pod is kept; pod sentiment-aaaaa-1-1 goes when node node-1 can be reached again"
+        == "Suspended: spec.suspend is true; no pod is kept; pod sentiment-aaaaa-1-1 is still there: node node-1 cannot be reached, or a finalizer holds it"
     )
     assert story.holds == {"Ready", "Suspended"}
     assert story.go().status == story.job.status

@@ -36,8 +36,9 @@ def ended(told: Saves, outcome: Outcome, now: str) -> Saves:
     """Return what to tell after a save ended. Of two under way the newer is told."""
     if told.saving_step == outcome.step:
         told = replace(told, saving_step=None, saving_since=None)
-    total = (told.total_stall_seconds or 0.0) + outcome.stall_seconds
-    told = replace(told, stall_seconds=outcome.stall_seconds, total_stall_seconds=total)
+    if outcome.copy_seconds is not None:
+        total = (told.total_stall_seconds or 0.0) + outcome.stall_seconds
+        told = replace(told, stall_seconds=outcome.stall_seconds, total_stall_seconds=total)
     if outcome.error is None:
         return replace(told, failing_since=None, reason="", message="", commit_seconds=outcome.seconds)
     return replace(

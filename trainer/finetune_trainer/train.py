@@ -14,6 +14,7 @@ checkpoint of the steps right before is not trusted either, and that after the l
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -105,6 +106,7 @@ class Run:
             staging=(job.staging, job.scratch / "staging"),
             resume_from=file.resume_from,
             upload_bytes_per_second=job.upload_bytes_per_second,
+            alive=partial(reporter.phase, Phase.CHECKPOINTING),  # until the step is done
         )
         self.autosave = Autosave(job, self.checkpoints, ranks, reporter)
         self.position = Position(step=0, samples_consumed=0)

@@ -116,7 +116,8 @@ def next_within_reach(observed: Observation, gang: Gang) -> Gang:
     minted = next_generation(observed, gang)
     if observed.status.start_time is None:
         return minted
-    return minted.model_copy(update={"nodes": min(minted.nodes, gang.nodes)})
+    nodes, held = min(minted.nodes, gang.nodes), gang.growth_held_until
+    return minted.model_copy(update={"nodes": nodes, "growth_held_until": held})
 
 
 def resized(observed: Observation, gang: Gang, *, at_rest: bool) -> Gang:

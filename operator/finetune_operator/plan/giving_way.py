@@ -56,11 +56,12 @@ def is_waiting(body: Mapping[str, Any], pods: Iterable[PodView], *, refused: boo
     gang = status.get("gang") or {}
     if spec.get("suspend") or "completionTime" in status or "deletionTimestamp" in body["metadata"]:
         return False
-    nodes, unplaced = gang.get("nodes", 0), [pod for pod in pods if pod.usable and pod.unschedulable]
-    if not gang.get("members"):
-        return refused or any(pod.rank < nodes for pod in unplaced)
-    grows = spec["workers"]["nodes"] > nodes and not gang.get("growthHeldUntil")
-    return grows and (refused or bool(unplaced))
+    nodes, usable = gang.get("nodes", 0), [pod for pod in pods if pod.usable]
+    members = {member["uid"] for member in gang.get("members", ())}
+    if not members:
+        return refused or any(pod.unschedulable and pod.rank < nodes for pod in usable)
+    lacks = spec["workers"]["nodes"] - nodes > sum(pod.uid not in members for pod in _placed(usable))
+    return lacks and not gang.get("growthHeldUntil") and (refused or any(pod.unschedulable for pod in usable))
 
 
 def find_reason_to_give_back(
@@ -85,7 +86,7 @@ def with_growth_held(observed: Observation, gang: Gang) -> Gang:
     if held is not None:
         still = growth(observed, gang) > 0 and instant(held) > observed.now
         return gang if still else gang.model_copy(update={"growth_held_until": None})
-    if not is_half_grown(observed, gang) or not _must_give_growth_back(observed, gang):
+    if gang.stop_time is not None or not is_half_grown(observed, gang) or not _must_give_growth_back(observed, gang):
         return gang
     return gang.model_copy(
         update={"growth_held_until": timestamp(observed.now + timedelta(seconds=GROWTH_HOLD_SECONDS))}
@@ -93,15 +94,16 @@ def with_growth_held(observed: Observation, gang: Gang) -> Gang:
 
 
 def is_half_grown(observed: Observation, gang: Gang) -> bool:
-    """Tell whether some of the pods to grow by have what others wait for, and the others have nothing."""
+    """Tell whether beyond the spares some pods have what others wait for, too few to grow by, and the rest cannot be placed."""
     behind = idle_pods(observed, gang)
     refused = observed.obstacle is not None and observed.obstacle.reason == QUOTA
     lacks = any(pod.unschedulable for pod in behind) or (refused and len(behind) < wanted_behind(observed, gang))
-    return growth(observed, gang) > 0 and lacks and len(_placed(behind)) > observed.job.spec.workers.spares
+    return lacks and observed.job.spec.workers.spares < len(_placed(behind)) < growth(observed, gang)
 
 
 def _must_give_growth_back(observed: Observation, gang: Gang) -> bool:
-    since = min(instant(pod.created) for pod in _placed(idle_pods(observed, gang)))
+    created = sorted(pod.created for pod in _placed(idle_pods(observed, gang)))
+    since = instant(created[observed.job.spec.workers.spares])  # those before it may have stood by for days
     is_impatient = (observed.now - since).total_seconds() >= PATIENCE_SECONDS
     return observed.senior_waits or (observed.junior_waits and is_impatient)
 

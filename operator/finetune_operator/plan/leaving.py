@@ -46,7 +46,7 @@ def _seconds_left(observed: Observation, gang: Gang, member: Member) -> float:
 
 
 def is_stuck(observed: Observation, pod: PodView) -> bool:
-    """Tell whether a pod that is being deleted is on a node that cannot be reached: it goes when its node does, or is back."""
+    """Tell whether a pod that is being deleted should be gone: its node cannot be reached, or a finalizer holds it."""
     if not pod.deleting:
         return False
     if pod.node_lost and silent_seconds(observed, pod.uid) >= SILENT_SECONDS:

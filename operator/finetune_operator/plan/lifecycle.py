@@ -63,10 +63,12 @@ def plan_job(observed: Observation) -> Plan:
     leaving = bool(gang.members) and (
         observed.job.spec.suspend or _is_suspended(status) or _is_misshapen(observed, gang)
     )
+    if leaving:
+        status = fold_reports(observed, gang, status)
     if leaving and all(is_stuck(observed, pod) for pod in observed.pods):
-        gang, leaving = next_generation(observed, gang), False
+        status, gang, leaving = after_a_generation(status, at_rest=True), next_generation(observed, gang), False
     if observed.job.spec.suspend or leaving:
-        return _plan_suspended(observed, gang)
+        return _plan_suspended(observed, status, gang)
     resumes = _is_suspended(status)
     if resumes:
         gang = gang.model_copy(update={"mint_time": timestamp(observed.now)})  # nothing has been waited for meanwhile
@@ -90,7 +92,9 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     look_again = _soonest(look_again, silence, _deadline_seconds(observed), spares.look_again_seconds(observed, gang))
     if is_taking_stock(observed, gang):  # what was known before stands until everybody could be heard
         return Plan(status, look_again_seconds=look_again)
-    gang = with_growth_held(observed, told_to_stop(observed, _with_suspects(observed, gang, None)))
+    gang = told_to_stop(observed, _with_suspects(observed, gang, None))
+    surplus = surplus_pods(observed, gang, {})  # what is held from now on is deleted once that is committed
+    gang = with_growth_held(observed, gang)
     look_again = _soonest(look_again, growth_look_again_seconds(observed, gang))
     ready = sum(state in (AgentState.RUNNING, AgentState.SUCCEEDED) for state in states)
     gang = gang.model_copy(update={"ready": ready, "spares": standing_by(observed, gang)})
@@ -98,7 +102,7 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     return Plan(
         with_conditions(observed, status, _running_situation(observed, gang, ready)),
         create=() if observed.problem else missing_spares(observed, gang),
-        delete=unfit_pods(observed, gang) + surplus_pods(observed, gang, {}) + growth_to_replace(observed, gang),
+        delete=unfit_pods(observed, gang) + surplus + growth_to_replace(observed, gang),
         look_again_seconds=look_again,
     )
 
@@ -201,13 +205,12 @@ def _tried_again(hold: Hold | None, gang: Gang) -> Situation | None:
     return Situation(JobPhase.RECOVERING, hold.reason, message, stalled=hold.needs_somebody)
 
 
-def _plan_suspended(observed: Observation, gang: Gang) -> Plan:
+def _plan_suspended(observed: Observation, status: JobStatus, gang: Gang) -> Plan:
     """Pods are deleted first, so that their agents have the workers save; the generation ends when all are gone.
 
     A suspension that has begun comes to this end even if spec.suspend is false again meanwhile: pods that the operator itself deleted
     are no failure. One that nobody has seen, in which the shape of pods was changed, is made up for in the same way.
     """
-    status = fold_reports(observed, gang, observed.status)
     leaving = [pod for pod in observed.pods if not is_stuck(observed, pod)]
     if leaving and not observed.job.spec.suspend and misshapen(observed.job, leaving):
         message = f"{len(leaving)} pods are saving and leaving: they were made before spec asked for another shape"
@@ -229,7 +232,7 @@ def _suspended_message(stuck: tuple[PodView, ...]) -> str:
     message = "spec.suspend is true; no pod is kept"
     if not stuck:
         return message
-    return f"{message}; pod {stuck[0].name} goes when node {stuck[0].node} can be reached again"
+    return f"{message}; pod {stuck[0].name} is still there: node {stuck[0].node} cannot be reached, or a finalizer holds it"
 
 
 def _plan_end(observed: Observation, status: JobStatus, gang: Gang, situation: Situation) -> Plan:
@@ -287,7 +290,12 @@ def _is_suspended(status: JobStatus) -> bool:
 
 
 def _is_misshapen(observed: Observation, gang: Gang) -> bool:
-    """Tell whether a member's pod is not in the shape that spec asks for, which it may do only while the job is suspended."""
+    """Tell whether a member's pod is not in the shape that spec asks for, which it may do only while the job is suspended.
+
+    Not before all could be heard, nor if all of them have done their work meanwhile.
+    """
+    if is_taking_stock(observed, gang) or all(state == AgentState.SUCCEEDED for state in _states(observed, gang)):
+        return False
     members = {member.uid for member in gang.members}
     return any(pod.uid in members for pod in misshapen(observed.job, observed.pods))
 

@@ -30,6 +30,7 @@ def checkpoints(
     has_checkpoint=False,
     sources=None,
     prefix=PREFIX,
+    **more,
 ):
     made = Checkpoints(
         engine=engine,
@@ -42,6 +43,7 @@ def checkpoints(
         resume_from=resume_from,
         has_checkpoint=has_checkpoint,
         sources=sources,
+        **more,
     )
     MADE.append(made)
     return made

@@ -525,6 +525,25 @@ def test_the_passes_of_the_next_step_are_computed_beside_the_copy_and_its_update
     assert all(torch.equal(one, other) for one, other in zip(saved, views(engine), strict=True))
 
 
+def test_an_update_that_waits_long_for_a_copy_says_that_it_lives(engine, store, monkeypatch):
+    """Else it would be taken for a hang."""
+    told = threading.Event()
+    saver = checkpoints(engine, store, 1, alive=told.set)
+    saver.resume()
+
+    def copy_until_told(*arguments):
+        assert told.wait(60)
+        copy_in(*arguments)
+
+    monkeypatch.setattr("finetune_trainer.checkpoint.shard.copy_in", copy_until_told)
+    monkeypatch.setattr("finetune_trainer.checkpoint.saving.BEAT_SECONDS", 0.01)
+    saver.begin_save(position(10))
+    engine.backward(engine(torch.zeros((3, 7), dtype=torch.long), torch.zeros(3, dtype=torch.long)))
+    assert not told.is_set()
+    engine.step()
+    assert saver.wait()[0].error is None
+
+
 def views(engine):
     return [view for part in state.held(engine) for view in part.views]
 

@@ -52,6 +52,7 @@ class Checkpoints:
         staging: folders for the buffers, the first with room is used.
         resume_from: another job's ``s3://bucket/path``, ``@step`` behind it for a certain one.
         upload_bytes_per_second: a bound on what one rank uploads.
+        alive: called about once a second while an update of the engine waits for a copy.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Checkpoints:
         has_checkpoint: bool = False,
         resume_from: str | None = None,
         upload_bytes_per_second: int | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -77,6 +79,7 @@ class Checkpoints:
         self._staging_folders = staging
         self._resume_from = resume_from
         self._upload_bytes_per_second = upload_bytes_per_second
+        self._alive = alive
         self._generation = generation
         self._ranks = Ranks(TrainingError, Broken)
         self._has_checkpoint = has_checkpoint
@@ -183,7 +186,7 @@ class Checkpoints:
 
     def wait_for_copy(self) -> None:
         """Wait until the state of every save that was begun is copied and may change. Local."""
-        self._running.wait_for_copy()
+        self._running.wait_for_copy(self._alive)
 
     def ended(self) -> list[Outcome]:
         """Return the saves that ended since this was asked last. Local."""

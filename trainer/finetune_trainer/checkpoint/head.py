@@ -79,7 +79,7 @@ class Retention:
 
     def graded(self, head: Head, kept: tuple[Kept, ...], grades: Mapping[int, float]) -> Head:
         """Return ``HEAD`` with what stays of ``kept`` after evaluations by this metric. What another one gave is no grade any more."""
-        if self.metric is not None and head.graded_by not in {None, self.metric}:
+        if self.metric is not None and head.graded_by != self.metric:
             kept = tuple(replace(old, metric=None) for old in kept)
         kept = tuple(replace(old, metric=grades.get(old.step, old.metric)) for old in kept)
         return replace(head, kept=self.retained(kept), graded_by=self.metric or head.graded_by)

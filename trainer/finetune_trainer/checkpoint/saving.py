@@ -72,7 +72,7 @@ class Outcome:
 @dataclass(slots=True)
 class _UnderWay:
     slot: Slot
-    copied: Future[float | None]
+    copied: Future[float] | Future[None]
     outcome: Future[Outcome]
     stall_seconds: float = 0.0
 
@@ -141,21 +141,22 @@ class Saver:
         assert slot is not None, "a save without room"
         slot.break_seal()
         copy = Copy(self._layout, state.owned(self._engine), slot.buffer)
-        copied = self._copier.submit(_timed, copy.run)
+        copied = self._copier.submit(copy.run)
         sealed = self._sealer.submit(self._seal, slot, seal, copied)
         self._submit(slot, seal, copied, sealed)
         self._under_way[-1].stall_seconds = time.monotonic() - started
 
-    def wait_for_copy(self) -> None:
-        """Wait until the numbers of every save that was begun are copied and may change.
+    def wait_for_copy(self, alive: Callable[[], None]) -> None:
+        """Wait until the numbers of every save that was begun are copied and may change; call ``alive`` about once a second.
 
         Raises:
             Exception: they could not be.
         """
         for save in self._under_way:
             started = time.monotonic()
-            save.copied.result()
+            _wait(save.copied, alive)
             save.stall_seconds += time.monotonic() - started
+            save.copied.result()
 
     def adopt(self, slot: Slot, seal: Seal) -> None:
         """Finish the save of an earlier generation whose numbers are in a buffer on every rank."""
@@ -182,12 +183,8 @@ class Saver:
     def wait(self, alive: Callable[[], None]) -> list[Outcome]:
         """Wait for all that is under way, so that nobody else has a hand on ``HEAD``, and return what :meth:`outcomes` does."""
         for future in (*(save.outcome for save in self._under_way), *([self._grading] if self._grading else ())):
-            while not future.done():
-                alive()
-                try:
-                    future.exception(BEAT_SECONDS)
-                except NotYet:
-                    continue
+            alive()
+            _wait(future, alive)
         return self.outcomes()
 
     def close(self) -> None:
@@ -196,7 +193,7 @@ class Saver:
             thread.shutdown(cancel_futures=True)
         self._ranks.close()
 
-    def _submit(self, slot: Slot, seal: Seal, copied: Future[float | None], sealed: Future[Shard]) -> None:
+    def _submit(self, slot: Slot, seal: Seal, copied: Future[float] | Future[None], sealed: Future[Shard]) -> None:
         self._saves += 1
         folder = f"{CHECKPOINTS_KEY}step-{seal.position.step}/{self._attempt}-{self._saves}/"
         future = self._thread.submit(self._finish, slot, seal, folder, sealed, time.monotonic())
@@ -219,7 +216,7 @@ class Saver:
         self._is_lost = False
         return Outcome(step, time.monotonic() - started, checkpoint=as_told(kept, self._prefix))
 
-    def _seal(self, slot: Slot, seal: Seal, copied: Future[float | None]) -> Shard:
+    def _seal(self, slot: Slot, seal: Seal, copied: Future[float] | Future[None]) -> Shard:
         """Hash the buffer once it is filled, and say what it holds."""
         copied.result()
         name = f"rank-{seal.rank:05}.safetensors"
@@ -292,10 +289,12 @@ def as_told(kept: Kept, prefix: str) -> Checkpoint:
     return Checkpoint(step=kept.step, uri=uri, size_bytes=kept.size_bytes, commit_time=kept.commit_time)
 
 
-def _timed(work: Callable[[], None]) -> float | None:
-    started = time.monotonic()
-    work()
-    return time.monotonic() - started
+def _wait(future: Future[Any], alive: Callable[[], None]) -> None:
+    while not future.done():
+        try:
+            future.exception(BEAT_SECONDS)
+        except NotYet:
+            alive()
 
 
 def _done(value: T) -> Future[T]:

@@ -5,8 +5,10 @@ save is nothing but copies into a buffer that is already there. The format is wr
 that one makes separate copies of all tensors, and tells neither offsets nor hashes. A test reads every shard back with the library.
 """
 
+import functools
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,17 +67,25 @@ class Copy:
         self._device = owned[0].views[0].device if owned else torch.device("cpu")
         self._queued = None if self._device.type == "cpu" else torch.cuda.current_stream(self._device).record_event()
 
-    def run(self) -> None:
-        """Make it, and return when it is made."""
+    def run(self) -> float:
+        """Make it, and return how many seconds that took."""
         if self._queued is None:
-            copy_in(self._layout, self._owned, self._buffer)
-            return
-        with torch.cuda.device(self._device):  # a thread starts with the first one
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            stream.wait_event(self._queued)
-            with torch.cuda.stream(stream):
-                copy_in(self._layout, self._owned, self._buffer)
-            stream.synchronize()
+            return self._copy_in()
+        self._queued.synchronize()
+        stream = _side_stream(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):  # a thread starts with the first device
+            return self._copy_in()
+
+    def _copy_in(self) -> float:
+        started = time.monotonic()
+        copy_in(self._layout, self._owned, self._buffer)  # into memory that is not pinned: it is there on return
+        return time.monotonic() - started
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream for copies: PyTorch has a few dozen of them for all that ask, and would share them out anew."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
