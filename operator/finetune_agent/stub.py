@@ -20,7 +20,9 @@ TERMINATED = 128 + signal.SIGTERM
 VERDICTS = (ExitCode.OK, ExitCode.SAVED, TERMINATED)
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 10.0
-HEALTHY_SECONDS = 60.0  # an agent that lived this long has earned an immediate successor
+HEALTHY_SECONDS = (
+    15.0  # an agent that lived this long has earned an immediate successor: whatever spoils its start is over by then
+)
 SWEEP_SECONDS = 5.0
 FORK_SERVER_SOCKET = "fork-server.sock"  # in the agent's folder
 
