@@ -156,7 +156,7 @@ class _Watch:
         self._complete: dict[int, float] = {}
 
     def __enter__(self) -> Self:
-        fields = "{.status.gang.generation} {.status.gang.members[0].uid}"
+        fields = "{.status.gang.generation} {.status.gang.members[*].uid}"
         command = [
             "kubectl",
             "get",
