@@ -163,7 +163,7 @@ def test_an_upload_can_be_stopped_while_the_store_is_away(store, direct, proxy, 
     proxy.before = fail
     with pytest.raises(UploadStopped):
         store.upload(BODY, uri, digests=DIGESTS, stopped=is_over.is_set)
-    assert proxy.methods[-1] == "DELETE"
+    assert "DELETE" in proxy.methods  # a part that had been sent whole may arrive later
     assert direct.abort_uploads(uri) == 0
 
 
