@@ -149,7 +149,7 @@ def test_a_pod_stuck_on_a_dead_node_keeps_no_job_from_being_suspended(three_node
     with cut_off(three_nodes, node):
         job.patch({"suspend": True})
         job.wait("it is suspended", lambda s: said(s, "Ready") == ("True", "Suspended"), 150)
-        assert f"pod {lost['pod']} goes when node {node} can be reached again" in job.condition("Ready")["message"]
+        assert f"pod {lost['pod']} is still there: node {node} cannot be reached" in job.condition("Ready")["message"]
         job.patch({"suspend": False})
         status = job.wait("it trains again", lambda s: s["phase"] == "Running", 120)
         assert node not in {nodes_of(job)[member["pod"]] for member in status["gang"]["members"]}
