@@ -74,6 +74,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave no garbage to a state machine: hypothesis parses its source, and CPython 3.11 fails at that (gh-106905) if finalizers run."""
+    """Leave no garbage to a state machine: hypothesis parses its source, at which CPython 3.11 fails if finalizers run."""
     if issubclass(getattr(item, "cls", None) or object, unittest.TestCase):
         gc.collect()

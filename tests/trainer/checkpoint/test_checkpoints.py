@@ -613,18 +613,16 @@ def test_a_grade_that_could_not_be_noted_comes_with_the_next_commit(engine, stor
 
 def test_what_another_metric_gave_is_no_grade(engine, store):
     """0.9 would be the lowest perplexity for ever."""
-    first = checkpoints(engine, store, 1, keep=1, best="highest", metric="Accuracy")
-    first.resume()
-    for step, accuracy in ((10, 0.9), (20, 0.5)):
-        save(engine, first, step)
-        first.grade(step, accuracy)
-    first.wait()
-    second = checkpoints(engine, store, 2, keep=1, best="lowest", metric="Perplexity")
-    second.resume()
-    for step, perplexity in ((30, 7.0), (40, 8.0)):
-        save(engine, second, step)
-        second.grade(step, perplexity)
-    second.wait()
+    for generation, best, metric, grades in (
+        (1, "highest", "Accuracy", {10: 0.9, 20: 0.5}),
+        (2, "lowest", "Perplexity", {30: 7.0, 40: 8.0}),
+    ):
+        saver = checkpoints(engine, store, generation, keep=1, best=best, metric=metric)
+        saver.resume()
+        for step, value in grades.items():
+            save(engine, saver, step)
+            saver.grade(step, value)
+        saver.wait()
     assert [(kept.step, kept.metric) for kept in head(store).kept] == [(40, 8.0), (30, 7.0)]
     third = checkpoints(engine, store, 3, keep=1, best="lowest", metric="Perplexity")
     third.resume()
