@@ -20,13 +20,16 @@ import yaml
 from finetune_api.contract import ORDER_PATH
 from finetune_operator.kube.api import JOBS
 from tests.chart.helm import OPERATOR, RELEASE, ROOT, example, find, render
-from tests.cluster.binaries import ensure_prometheus
+from tests.cluster import Cluster
+from tests.cluster.binaries import ensure_prometheus, sources
+from tests.cluster.console import ClusterError
 from tests.operator.documents import job_body
 from tests.operator.fake_api import FakeKubeApi
 from tests.operator.http_api import HttpApi
 from tests.operator.test_process import Scene, free_port
 
 RUNBOOKS = "docs/runbooks.md"
+MONITORS = {"servicemonitors": "ServiceMonitor", "prometheusrules": "PrometheusRule"}
 METRIC = re.compile(r"\b(?:finetune_operator|process)_\w+")
 needs_prometheus = pytest.mark.cluster  # which takes minutes to build; make test has built it when it comes to these
 
@@ -88,6 +91,27 @@ def test_labels_and_the_place_of_the_runbooks_are_the_administrators() -> None:
     (rule,) = (item for item in everything if item["kind"] == "PrometheusRule")
     links = [rule["annotations"]["runbook_url"] for group in rule["spec"]["groups"] for rule in group["rules"]]
     assert links[0] == "https://wiki.example.com/finetune/runbooks#finetuneoperatorabsent"
+
+
+@pytest.mark.cluster
+def test_the_prometheus_operators_own_schemas_take_what_is_made(cluster: Cluster) -> None:
+    schemas = sources("prometheus-operator", "github.com/prometheus-operator/prometheus-operator")
+    files = [schemas / f"example/prometheus-operator-crd/monitoring.coreos.com_{name}.yaml" for name in MONITORS]
+    made = [item for item in render(OPERATOR, "--values", example("everything")) if item["kind"] in MONITORS.values()]
+    assert {item["kind"] for item in made} == set(MONITORS.values())
+    try:
+        for file in files:
+            cluster.kubectl("create", "-f", str(file))
+            cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(file))
+        check = ("create", "--dry-run=server", "--validate=strict", "-f", "-")
+        for item in made:
+            there = item | {"metadata": item["metadata"] | {"namespace": "default"}}
+            cluster.kubectl(*check, input=yaml.safe_dump(there))
+            with pytest.raises(ClusterError, match=r'unknown field "spec\.misspelt"'):
+                cluster.kubectl(*check, input=yaml.safe_dump(there | {"spec": item["spec"] | {"misspelt": 1}}))
+    finally:
+        for file in files:
+            cluster.kubectl("delete", "--ignore-not-found", "-f", str(file))
 
 
 def test_every_alert_has_a_section_in_the_runbooks_and_every_section_an_alert() -> None:

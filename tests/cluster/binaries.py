@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -127,6 +128,12 @@ def _ensure(component: Component, release: str) -> Path:
 def ensure_alone(component: Component) -> Path:
     """The folder of one component's programs, without whatever else a cluster needs."""
     return _ensure(component, run(["go", "env", "GOVERSION"]).strip())
+
+
+def sources(name: str, module: str) -> Path:
+    """The files of a module that is pinned under ``go/<name>``, where nothing of it is to be built."""
+    told = run(["go", "mod", "download", "-json", module], cwd=GO / name, env={"GOWORK": "off"})
+    return Path(json.loads(told)["Dir"])
 
 
 def _key(component: Component, release: str) -> str:
