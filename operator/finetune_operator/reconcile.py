@@ -102,7 +102,8 @@ class Reconciler:
             await self._delete_job(job)
         if obstacle is not None:
             self._obstacles[uid] = obstacle
-            again = OBSTACLE_SECONDS if obstacle == observed.obstacle else 0.0  # tell it in status now
+            is_known = observed.obstacle is not None and observed.obstacle.reason == obstacle.reason
+            again = OBSTACLE_SECONDS if is_known else 0.0  # tell it in status now
         return min((s for s in (again, plan.look_again_seconds) if s is not None), default=None)
 
     def forget(self, job_uid: str) -> None:

@@ -139,6 +139,16 @@ async def test_which_of_many_refusals_is_told_does_not_depend_on_which_answer_ca
     assert told == [0.0, 15.0, 15.0, 15.0]
 
 
+async def test_a_refusal_in_ever_other_words_is_not_tried_again_at_once() -> None:
+    cluster = Cluster()
+    told = []
+    for used in range(4):
+        cluster.api.refuse_pods = {"1": Forbidden(f"exceeded quota: team, used: pods={used}", status=403)}
+        told.append(await cluster.reconcile())
+    assert told == [0.0, 15.0, 15.0, 15.0]
+    assert message(cluster).endswith("used: pods=2"), "the newest words that were known when it was written"
+
+
 async def test_one_failed_creation_does_not_keep_the_other_pods_from_being_made() -> None:
     cluster = Cluster(nodes=3)
     cluster.api.refuse_pods = {"0": Unavailable("no answer")}

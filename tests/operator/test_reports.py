@@ -339,6 +339,18 @@ def test_a_report_that_arrives_after_a_newer_one_says_nothing(late: Report) -> N
     assert reports.heard["pod-1"].at == NOON, "what was on its way is no sign of life"
 
 
+def test_an_agent_whose_predecessors_last_words_come_after_its_own_is_heard_again() -> None:
+    reports = Reports(Clock())
+    reports.hear(replace(FIRST, number=1))
+    for number in (7, 8):
+        reports.hear(replace(FIRST, instance="first", number=number))
+    for number in (2, 3, 4):
+        reports.hear(replace(FIRST, number=number))
+    assert reports.heard["pod-1"].report == replace(FIRST, number=4)
+    assert not reports.hear(replace(FIRST, instance="first", number=9))
+    assert reports.heard["pod-1"].report == replace(FIRST, number=4)
+
+
 def test_an_agent_that_does_not_count_its_reports_is_heard() -> None:
     reports = Reports(Clock())
     reports.hear(FIRST)

@@ -16,6 +16,7 @@ from finetune_operator.plan.observation import Heard, Hearing
 from finetune_operator.plan.silence import LATE_SECONDS
 
 FORMER_INSTANCES = 8  # of an agent, whose last words may still be on their way
+LAST_WORDS = 2  # that an agent may have under way when it dies: one on a connection that was given up, one on the next
 
 
 class Reports:
@@ -24,7 +25,7 @@ class Reports:
     def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
         self._heard: dict[str, Heard] = {}
-        self._former: dict[str, tuple[str, ...]] = {}
+        self._former: dict[str, dict[str, int]] = {}  # pod uid → instance → how many of its last words have come
         self.start_listening()
 
     def start_listening(self) -> None:
@@ -54,13 +55,20 @@ class Reports:
         return _telling(known.report) != _telling(report) or _was_late(known, now)
 
     def _is_outdated(self, report: Report, known: Report) -> bool:
-        """Tell whether a report was made before the one that is known. Agents of an older version do not count theirs."""
-        former = self._former.get(report.pod_uid, ())
+        """Tell whether a report was made before the one that is known. Agents of an older version do not count theirs.
+
+        To a process that began to listen a moment ago, last words may come after those of the next instance: who goes on talking lives.
+        """
         if report.instance == known.instance:
             return 0 < report.number < known.number
-        if report.instance in former:
+        former = self._former.setdefault(report.pod_uid, {})
+        if former.get(report.instance, LAST_WORDS) < LAST_WORDS:
+            former[report.instance] += 1
             return True
-        self._former[report.pod_uid] = (*former, known.instance)[-FORMER_INSTANCES:]
+        former.pop(report.instance, None)
+        former[known.instance] = 0
+        if len(former) > FORMER_INSTANCES:
+            del former[next(iter(former))]
         return False
 
     def hear_question(self, pod_uid: str) -> bool:
