@@ -31,7 +31,7 @@ demo-down: venv ## Take down what `make demo` left for you to look at
 
 test: venv check ## Unit tests while the cluster's programs and images are built, then the real cluster, but for what takes long there
 	python -m tests.cluster build > $(FINETUNE_CACHE)/build.log 2>&1 & build=$$!; \
-	units=0; pytest tests --ignore tests/cluster -m "not cluster and not long" || units=$$?; \
+	units=0; pytest tests --ignore tests/cluster -m "not cluster and not long" -n 2 --dist loadgroup || units=$$?; \
 	echo "waiting for the cluster's programs and images (log: $(FINETUNE_CACHE)/build.log)"; \
 	wait $$build || { tail -50 $(FINETUNE_CACHE)/build.log; exit 1; }; \
 	exit $$units

@@ -10,6 +10,7 @@ import os
 import secrets
 import unittest
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,6 +20,9 @@ from tests.cluster import Cluster
 # How long an example takes is the machine's, not the code's.
 settings.register_profile("no timing assertions", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no timing assertions")
+
+ROOT = Path(__file__).parent
+LAUNCHES = {"one_rank", "two_ranks", "three_ranks"}
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +60,18 @@ def namespace(operator: Cluster) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the cluster is marked so, and cannot be forgotten; what looks back at all that was done comes last."""
+    """Whatever uses the cluster is marked so, and cannot be forgotten; what looks back at all that was done comes last.
+
+    Of several processes one runs a whole file, and one all that looks at the same launches of ranks.
+    """
     items.sort(key=lambda item: item.path.name == "test_rights.py")
     for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "cluster" in fixtures:
             item.add_marker(pytest.mark.cluster)
+        item.add_marker(
+            pytest.mark.xdist_group("launches" if fixtures & LAUNCHES else str(item.path.relative_to(ROOT)))
+        )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -31,7 +31,11 @@ from tests.operator.test_process import Scene, free_port
 RUNBOOKS = "docs/runbooks.md"
 MONITORS = {"servicemonitors": "ServiceMonitor", "prometheusrules": "PrometheusRule"}
 METRIC = re.compile(r"\b(?:finetune_operator|process)_\w+")
-needs_prometheus = pytest.mark.cluster  # which takes minutes to build; make test has built it when it comes to these
+
+
+def needs_prometheus(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a test as one of those before which Prometheus is built, which takes minutes the first time."""
+    return pytest.mark.cluster(pytest.mark.long(test))
 
 
 @cache

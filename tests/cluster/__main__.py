@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from tests.cluster import ownership
-from tests.cluster.binaries import ensure_prometheus
 from tests.cluster.cluster import DEFAULT_NAME, Cluster, build_images, clear_builds, take_down
 from tests.cluster.console import ClusterError
 
@@ -37,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, act, text in (
         ("down", _down, "remove the cluster, or what a crash has left of one"),
         ("status", _status, "nodes, pods, S3 and where the kubeconfig is"),
-        ("build", _build, "build the project's images, load them on a running cluster's nodes, and build Prometheus"),
+        ("build", _build, "build the project's images, and load them on a running cluster's nodes"),
     ):
         commands.add_parser(name, help=text).set_defaults(act=act)
     shell = commands.add_parser(
@@ -97,7 +96,6 @@ def _print_file(file: Path, *, follow: bool) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     for name, image in build_images().items():
         print(f"{name}  {image}")
-    ensure_prometheus()
     return 0
 
 

@@ -85,6 +85,7 @@ def test_a_source_of_another_namespace_is_not_read(operator: Cluster, namespace:
     job.delete()
 
 
+@pytest.mark.long
 def test_wrong_credentials_hold_the_job_until_they_are_right(operator: Cluster, namespace: str) -> None:
     wrong = {"AWS_ACCESS_KEY_ID": operator.s3.access_key, "AWS_SECRET_ACCESS_KEY": "not-the-secret"}
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": SECRET, "namespace": namespace}}

@@ -151,6 +151,7 @@ def test_a_killed_container_starts_again(cluster: Cluster, namespace: str) -> No
     assert after["lastState"]["terminated"]["exitCode"] == 137
 
 
+@pytest.mark.long
 def test_a_node_that_is_cut_off_is_not_ready_until_healed(cluster: Cluster) -> None:
     cluster.cut_node("node2")
     try:

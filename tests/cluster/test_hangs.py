@@ -47,7 +47,7 @@ def pods_of(job: Job) -> list[str]:
     return [pod["metadata"]["name"] for pod in job.pods()]
 
 
-@pytest.mark.parametrize("how", ["stopped", "asleep"])
+@pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.long), "asleep"])
 def test_a_script_whose_rank_1_hangs_is_told_so_and_goes_on(operator: Cluster, namespace: str, how: str) -> None:
     spec = script_spec(operator, BEATING)
     spec["recovery"] = {"hangSeconds": 20}  # more than libraries ever take to leave at the end
@@ -71,6 +71,7 @@ def test_a_script_whose_rank_1_hangs_is_told_so_and_goes_on(operator: Cluster, n
     job.delete()
 
 
+@pytest.mark.long
 def test_a_recipe_whose_rank_1_is_stopped_resumes_and_ends(operator: Cluster, namespace: str) -> None:
     spec = recipe_spec(operator, steps=800)
     spec["recovery"] = {"hangSeconds": 10}

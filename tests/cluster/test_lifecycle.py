@@ -54,6 +54,7 @@ def test_a_quota_is_told_and_when_it_is_raised_the_job_starts(operator: Cluster)
         operator.kubectl("delete", "namespace", "small-quota", "--wait=false")
 
 
+@pytest.mark.long
 def test_what_cannot_be_placed_in_time_is_given_back(operator: Cluster, namespace: str) -> None:
     spec = script_spec(operator, NOTHING)
     spec["workers"]["resources"]["cpu"] = "1500m"

@@ -111,7 +111,9 @@ def lost_and_recovered(status: dict[str, Any]) -> bool:
 # A node is gone.
 
 
-@pytest.mark.parametrize("spares", [0, 1], ids=["without a spare", "with a spare"])
+@pytest.mark.parametrize(
+    "spares", [pytest.param(0, id="without a spare", marks=pytest.mark.long), pytest.param(1, id="with a spare")]
+)
 def test_a_node_that_is_cut_off_costs_its_pod_and_no_more(three_nodes: Cluster, namespace: str, spares: int) -> None:
     job = train(three_nodes, namespace, f"cut-{spares}", spares=spares)
     if spares:
@@ -142,6 +144,7 @@ def test_a_node_that_is_cut_off_costs_its_pod_and_no_more(three_nodes: Cluster, 
     job.delete()
 
 
+@pytest.mark.long
 def test_a_pod_stuck_on_a_dead_node_keeps_no_job_from_being_suspended(three_nodes: Cluster, namespace: str) -> None:
     job = train(three_nodes, namespace, "stuck")
     lost = a_member_to_lose(job)

@@ -76,8 +76,9 @@ def test_a_broken_device_costs_its_pod_and_the_node_is_avoided(operator: Cluster
     job.delete()
 
 
+@pytest.mark.long
 def test_a_node_that_is_drained_costs_no_step(operator: Cluster, namespace: str) -> None:
-    spec = recipe_spec(operator, steps=1600)
+    spec = recipe_spec(operator, steps=800)
     spec["workers"]["resources"] = {"cpu": "500m", "memory": "2Gi"}  # one node has to hold both
     job = submit(operator, namespace, "drained", spec)
     job.wait("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)

@@ -70,10 +70,22 @@ def test_a_job_trains_on_two_nodes_and_leaves_a_model_that_loads(
     ("name", "body", "told"),
     [
         pytest.param("bad-json", b'{"text": "a", "label": "neutral"}\n' * 16 + b"{oops\n", "line 17", id="bad JSON"),
-        pytest.param("no-column", b'{"sentence": "a", "label": "neutral"}\n', "text", id="a missing column"),
+        pytest.param(
+            "no-column",
+            b'{"sentence": "a", "label": "neutral"}\n',
+            "text",
+            id="a missing column",
+            marks=pytest.mark.long,
+        ),
         pytest.param("strange", b'{"text": "a", "label": "angry"}\n', "angry", id="a label outside the list"),
-        pytest.param("empty", b"", "empty", id="an empty file"),
-        pytest.param("latin", '{"text": "é", "label": "neutral"}\n'.encode("latin-1"), "UTF-8", id="not UTF-8"),
+        pytest.param("empty", b"", "empty", id="an empty file", marks=pytest.mark.long),
+        pytest.param(
+            "latin",
+            '{"text": "é", "label": "neutral"}\n'.encode("latin-1"),
+            "UTF-8",
+            id="not UTF-8",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_broken_data_ends_the_job_without_a_restart(
