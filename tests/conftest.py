@@ -22,7 +22,6 @@ settings.register_profile("no timing assertions", deadline=None, suppress_health
 settings.load_profile("no timing assertions")
 
 ROOT = Path(__file__).parent
-LAUNCHES = {"one_rank", "two_ranks", "three_ranks"}
 
 
 @pytest.fixture(scope="session")
@@ -62,16 +61,13 @@ def namespace(operator: Cluster) -> Iterator[str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever uses the cluster is marked so, and cannot be forgotten; what looks back at all that was done comes last.
 
-    Of several processes one runs a whole file, and one all that looks at the same launches of ranks.
+    Of two processes one runs the trainer's, which compute, while the other runs what mostly waits: each a folder at a time.
     """
     items.sort(key=lambda item: item.path.name == "test_rights.py")
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if "cluster" in fixtures:
+        if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.cluster)
-        item.add_marker(
-            pytest.mark.xdist_group("launches" if fixtures & LAUNCHES else str(item.path.relative_to(ROOT)))
-        )
+        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).parts[0]))
 
 
 @pytest.hookimpl(wrapper=True)

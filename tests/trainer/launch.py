@@ -224,10 +224,11 @@ def train_all(launcher: Launcher, cases: dict[str, Case], *, ranks: int) -> dict
 
 def free_port() -> int:
     while True:
-        port = random.randint(20000, 31999)
+        # Not from the generator that hypothesis seeds, or two processes of tests would draw the same. Free on all addresses, as torch wants it.
+        port = random.SystemRandom().randint(20000, 31999)
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind(("", port))
             except OSError:
                 continue
         return port

@@ -31,7 +31,7 @@ def steps(listener: Listener, rank: int) -> list[float | None]:
     return [beat.busy_seconds for beat in beats if beat.phase is Phase.TRAINING and beat.busy_seconds is not None]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_slow_rank_and_one_that_hangs_are_told_from_their_peers(launcher: Launcher, files: Path, stage: int) -> None:
     recipe = classification(files, training={"steps": 100000}, zero={"stage": stage})
     folder = launcher.folder / f"hangs-{stage}"
