@@ -190,7 +190,7 @@ def _stop(process: subprocess.Popen[bytes], ports: dict[str, int]) -> None:
 
 def _free_ports(count: int) -> list[int]:
     ports: list[int] = []
-    candidates = random.sample(PORT_RANGE, 50 * count)
+    candidates = random.SystemRandom().sample(PORT_RANGE, 50 * count)
     while len(ports) < count:
         port = candidates.pop()
         with socket.socket() as probe:
