@@ -59,15 +59,19 @@ def namespace(operator: Cluster) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the cluster is marked so, and cannot be forgotten; what looks back at all that was done comes last.
+    """Mark whatever uses a cluster, so that none is forgotten, and sort: clusters of a test's own first, what looks back at all that was done last.
 
     Of two processes one runs the trainer's, which compute, while the other runs what mostly waits: each a folder at a time.
     """
-    items.sort(key=lambda item: item.path.name == "test_rights.py")
+    turns = {}
     for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
+        folder = item.path.relative_to(ROOT).parts[0]
+        item.add_marker(pytest.mark.xdist_group(folder))
+        shares_cluster = "cluster" in getattr(item, "fixturenames", ())
+        if shares_cluster or folder == "cluster":
             item.add_marker(pytest.mark.cluster)
-        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).parts[0]))
+        turns[item] = 2 if item.path.name == "test_rights.py" else int(shares_cluster or folder != "cluster")
+    items.sort(key=turns.__getitem__)
 
 
 @pytest.hookimpl(wrapper=True)

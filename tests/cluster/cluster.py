@@ -69,7 +69,7 @@ class Cluster:
         """
         if not 1 <= nodes <= MAX_NODES:
             raise ClusterError(f"nodes: {nodes} is not between 1 and {MAX_NODES}")
-        ensure_packages()
+        _prepare_machine()
         programs = ensure_binaries()
         object_store.find_program()
         with exclusive(CACHE / "locks" / "cluster", "starting or stopping a cluster"):
@@ -418,6 +418,12 @@ def take_down() -> None:
         clear_remains()
 
 
+def _prepare_machine() -> None:
+    """Refuse what would fail after minutes, and install what Debian has."""
+    object_store.refuse_place(CACHE)
+    ensure_packages()
+
+
 def build_images() -> dict[str, str]:
     """Build the project's images; on the nodes too, if a cluster runs."""
     owner = ownership.current()
@@ -425,7 +431,7 @@ def build_images() -> dict[str, str]:
         cluster = Cluster.attach()
         cluster.load_images()
         return cluster.images()
-    ensure_packages()
+    _prepare_machine()
     programs = ensure_binaries()
     with images.lock():
         return images.ensure(_RECIPES, programs)

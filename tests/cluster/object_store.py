@@ -100,6 +100,14 @@ def start(directory: Path, supervisor: Supervisor, namespace: str) -> ObjectStor
     return store
 
 
+def refuse_place(cache: Path) -> None:
+    """Raise ``ClusterError`` if the server, which has a /tmp of its own, would see neither its program nor its data in the cache."""
+    if cache.resolve().is_relative_to("/tmp"):
+        raise ClusterError(
+            f"{cache} is in /tmp, of which the S3 server sees nothing: set HOME or XDG_CACHE_HOME to a folder elsewhere"
+        )
+
+
 def _with_private_tmp() -> list[str | Path]:
     """It puts sockets named after its ports into /tmp and leaves them there; two servers with one port would share them."""
     return ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /tmp && exec "$@"', "sh"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import uuid
@@ -75,7 +76,7 @@ def run_in(cluster: Cluster, namespace: str, name: str, code: str, *arguments: s
 
 @pytest.mark.skipif(ownership.current() is not None, reason="another cluster is up, and there can be one only")
 def test_nothing_is_left_after_down() -> None:
-    """In a process of its own, and first in this file: the session's cluster does not exist yet."""
+    """In a process of its own, and before the session's cluster exists: see the order in conftest."""
     before = Footprint.now()
     code = "from tests.cluster import Cluster; Cluster.start(nodes=1, load_images=False)"
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, timeout=300)
@@ -90,6 +91,21 @@ def test_what_a_killed_process_leaves_is_cleared_by_the_next() -> None:
     assert Footprint.now().beyond(before) != {}
     take_down()
     assert Footprint.now().beyond(before) == {}
+
+
+def test_a_cache_that_the_store_would_not_see_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    assert tmp_path.is_relative_to("/tmp")
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.cluster", "build"],
+        cwd=PROJECT,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "is in /tmp, of which the S3 server sees nothing: set HOME or XDG_CACHE_HOME" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nodes_are_ready(cluster: Cluster) -> None:
