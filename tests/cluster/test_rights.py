@@ -20,6 +20,7 @@ FILES = {path.name for path in Path(__file__).parent.glob("test_*.py")}
 # What happens too rarely to be met here, and where it is tested.
 RARE = {
     Grant("get", "finetune.dev", "finetunejobs"): "its status was written by somebody else: test_takeover.py",
+    Grant("get", "", "pods"): "a pod was made by a process that died before it knew: test_reconcile.py",
     Grant("delete", "finetune.dev", "finetunejobs"): "ttlSecondsAfterFinished: test_plan_end.py",
     Grant("update", "", "secrets", SYSTEM_NAMESPACE, f"{RELEASE}-job-server"): "certificates are renewed after months: test_certificates.py",
 }  # fmt: skip
