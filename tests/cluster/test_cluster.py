@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -108,9 +109,17 @@ def test_a_cache_that_the_store_would_not_see_is_refused_before_anything_is_buil
     assert list(tmp_path.iterdir()) == []
 
 
+def readiness(cluster: Cluster) -> dict[str, str]:
+    """Return what the API server says of each node: True, False, or Unknown when it hears nothing."""
+    nodes = json.loads(cluster.kubectl("get", "nodes", "-o", "json"))["items"]
+    ready = {node["metadata"]["name"]: node["status"]["conditions"] for node in nodes}
+    return {name: next(c["status"] for c in conditions if c["type"] == "Ready") for name, conditions in ready.items()}
+
+
 def test_nodes_are_ready(cluster: Cluster) -> None:
     for node in cluster.nodes():
         cluster.wait_for_ready(node.name)
+    assert readiness(cluster) == {"node1": "True", "node2": "True"}
 
 
 @pytest.mark.parametrize(("source", "target"), [("one", "two"), ("two", "one")])
@@ -172,9 +181,11 @@ def test_a_node_that_is_cut_off_is_not_ready_until_healed(cluster: Cluster) -> N
     cluster.cut_node("node2")
     try:
         cluster.wait_for_ready("node2", ready=False)
+        assert readiness(cluster) == {"node1": "True", "node2": "Unknown"}
     finally:
         cluster.heal_node("node2")
         cluster.wait_for_ready("node2")
+    assert readiness(cluster) == {"node1": "True", "node2": "True"}
 
 
 def test_a_killed_kubelet_can_be_started_again(cluster: Cluster) -> None:

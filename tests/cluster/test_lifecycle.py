@@ -62,7 +62,8 @@ def test_what_cannot_be_placed_in_time_is_given_back(operator: Cluster, namespac
     spec["pendingDeadlineSeconds"] = 5
     job = submit(operator, namespace, "half-placed", spec)
     waits_for(job, "PendingDeadlineExceeded")
-    job.wait("all pods are given back", lambda _: not job.pods(), 60)
+    status = job.wait("all pods are given back", lambda _: not job.pods(), 60)
+    assert status["gang"]["members"] == [], "it never had enough to start"
     job.patch({"workers": {"nodes": 1}})
     job.wait_for_phase("Succeeded")
     job.delete()
