@@ -100,7 +100,8 @@ def error_message(error_file: Optional[str], tail: str) -> str:
     """Return the error in a line: from torch's error file, else the last line that looks like one, else the last."""
     lines = [TORCH_PREFIX.sub("", line) for line in tail.splitlines() if line.strip()]
     errors = [line for line in lines if ERROR_LINE.match(line)]
-    return read_error_file(error_file) or (errors or lines or [""])[-1]
+    message = read_error_file(error_file) or (errors or lines or [""])[-1]
+    return message[: contract.MESSAGE_LIMIT]  # a longer record fits no datagram, and the end would never be told
 
 
 def read_error_file(path: Optional[str]) -> str:

@@ -91,6 +91,17 @@ async def test_a_failure_beat_gives_the_message_and_the_wait_status_the_code(ser
             "RuntimeError: file",
             id="torch's error file",
         ),
+        pytest.param(
+            [
+                "error = {'message': {'message': 'KeyError: ' + 'x' * 300000}}",
+                "json.dump(error, open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w'))",
+                "sys.exit(1)",
+            ],
+            1,
+            None,
+            ("KeyError: " + "x" * MESSAGE_LIMIT)[:MESSAGE_LIMIT],
+            id="as much of a long message as a report holds",
+        ),
         pytest.param(["os.kill(os.getpid(), 11)"], None, 11, "", id="a signal, without a word"),
         pytest.param(["print('x' * 100000)", "sys.exit('gone')"], 1, None, "gone", id="the last line"),
         pytest.param(

@@ -85,6 +85,13 @@ def test_the_message_of_an_end(tail, message):
     assert worker.error_message(None, tail) == message
 
 
+def test_a_message_that_is_too_long_for_the_agent_is_cut(tmp_path):
+    file = tmp_path / "error.json"
+    file.write_text(json.dumps({"message": {"message": "Missing key(s) in state_dict: " + "x" * 300_000}}))
+    message = worker.error_message(str(file), "")
+    assert (message[:14], len(message)) == ("Missing key(s)", MESSAGE_LIMIT)
+
+
 def report(**changes) -> Report:
     return Report(
         **{
