@@ -540,9 +540,33 @@ def test_a_container_once_killed_for_memory_is_not_blamed_for_later_generations(
     story.go()
     assert story.generation == 2, "its agent has not even started generation 2"
     assert story.recovers().generation == 2
+    story.change(1, containers=(OOM_NOW,))
     story.worker_ends(1, ExitCode.STALE)
     story.go()
     assert story.attempts == ["OutOfMemory", "Stale"]
+
+
+NCCL_ABORT = "[rank1]:[E ProcessGroupNCCL.cpp:2057] NCCL watchdog thread terminated with exception"
+OF_RANK_0 = {
+    "a broken device": (lambda s: s.worker_ends(0, 1, message="CUDA error: uncorrectable ECC error"), "DeviceError"),
+    "a pod that is gone": (lambda s: s.vanish(0), "PodDeleted"),
+    "an error of the program": (lambda s: s.worker_ends(0, 1, message="ValueError: wrong"), "WorkerFailed"),
+}
+
+
+@pytest.mark.parametrize(("happens", "reason"), OF_RANK_0.values(), ids=OF_RANK_0.keys())
+def test_a_peer_that_dies_of_a_signal_is_not_taken_for_out_of_memory_because_it_once_was(happens, reason) -> None:
+    story = Story().trains()
+    story.change(1, containers=(OOM_NOW,))
+    story.worker_ends(1, who=-1)
+    story.go()
+    story.recovers()
+    story.change(1, containers=(OOM_NOW,))
+    happens(story)
+    story.worker_ends(1, signal=6, message=NCCL_ABORT)
+    story.wait(1)
+    story.go()
+    assert story.attempts == ["OutOfMemory", reason]
 
 
 def test_a_member_that_no_operator_process_has_heard_yet_is_not_taken_for_dead() -> None:

@@ -179,9 +179,12 @@ def _out_of_memory(observed: Observation, pod: PodView | None) -> Failure | None
 
 
 def _was_killed(said: Report) -> bool:
-    """Tell whether a worker or the agent was killed: a container keeps OOMKilled as its last state for ever, whatever ends it later."""
+    """Tell whether a worker was killed as the kernel kills, or the agent was: a container keeps OOMKilled as its last state for ever.
+
+    Whatever ends a worker later, a peer's death by way of NCCL's SIGABRT for one, must not be taken for that.
+    """
     ends = [end for end in said.exits if end.generation == said.generation]
-    return not ends or any(end.exit_code is None for end in ends)
+    return not ends or any(end.exit_code is None and end.signal in (None, signal.SIGKILL) for end in ends)
 
 
 def _reported(pod: PodView | None, member: Member, heard: Heard, said: Report) -> Failure:
