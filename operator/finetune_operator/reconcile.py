@@ -90,13 +90,8 @@ class Reconciler:
         except NotFound:
             self._cache.forget_job(key, uid)  # the watch will show it; until then pods would be made for nobody
             return None
-        obstacle = None
         self._obstacles.pop(uid, None)
-        if plan.create:
-            beside = in_shape(job, observed.pods)
-            if not any(pod.usable for pod in beside):  # else a new version would change what they run on
-                await self._furnish(job)
-            obstacle = await self._create_pods(job, plan.create, beside)
+        obstacle = await self._create(job, plan.create, observed.pods) if plan.create else None
         await self._delete_pods(plan.delete)
         if plan.delete_job:
             await self._delete_job(job)
@@ -164,15 +159,27 @@ class Reconciler:
         self._on_status(key)
         self._history.take(job, status, self._clock())
 
-    async def _furnish(self, job: FineTuneJob) -> None:
-        """Apply what all pods of the job share, before the first of them."""
+    async def _create(self, job: FineTuneJob, places: Sequence[NewPod], pods: Sequence[PodView]) -> Problem | None:
+        """Create pods, and before the first of them what they share; return why the API server refuses one of these, if so."""
+        beside = in_shape(job, pods)
+        obstacle = None
+        if not any(pod.usable for pod in beside):  # else a new version would change what they run on
+            obstacle = await self._furnish(job)
+        return obstacle or await self._create_pods(job, places, beside)
+
+    async def _furnish(self, job: FineTuneJob) -> Problem | None:
+        """Apply what all pods of the job share, before the first of them; return why it is refused, if so."""
         if self._furnished.get(job.metadata.uid) == job.metadata.generation:
-            return
+            return None
         namespace = job.metadata.namespace
         config = render_config(job, self._settings, self._ca_certificates)
-        await self._api.apply(CONFIG_MAPS, namespace, config)
-        await self._api.apply(NETWORK_POLICIES, namespace, render_network_policy(job, self._settings))
+        try:
+            await self._api.apply(CONFIG_MAPS, namespace, config)
+            await self._api.apply(NETWORK_POLICIES, namespace, render_network_policy(job, self._settings))
+        except (Forbidden, Invalid) as error:
+            return _refusal("what the pods share", error)
         self._furnished[job.metadata.uid] = job.metadata.generation
+        return None
 
     async def _create_pods(self, job: FineTuneJob, places: Sequence[NewPod], pods: Sequence[PodView]) -> Problem | None:
         """Create pods beside others, and return why the first that was refused was: the same whichever answer came last."""
@@ -202,8 +209,7 @@ class Reconciler:
             if job.metadata.uid not in owners:
                 return Problem("NameTaken", f"pod {name} exists and is not this job's; delete it")
         except (Forbidden, Invalid) as error:
-            reason = QUOTA if "exceeded quota" in str(error) else "PodRefused"
-            return Problem(reason, f"the API server refuses the pod: {error}")
+            return _refusal("the pod", error)
         return None
 
     async def _delete_pods(self, pods: Sequence[PodView]) -> None:
@@ -219,3 +225,8 @@ class Reconciler:
             await self._api.delete(JOBS, job.metadata.namespace, job.metadata.name, uid=job.metadata.uid)
         except (NotFound, Conflict):
             logger.debug("job %s/%s is gone already", job.metadata.namespace, job.metadata.name)
+
+
+def _refusal(what: str, error: Forbidden | Invalid) -> Problem:
+    reason = QUOTA if "exceeded quota" in str(error) else "PodRefused"
+    return Problem(reason, f"the API server refuses {what}: {error}")

@@ -149,6 +149,25 @@ async def test_a_refusal_in_ever_other_words_is_not_tried_again_at_once() -> Non
     assert message(cluster).endswith("used: pods=2"), "the newest words that were known when it was written"
 
 
+async def test_what_the_pods_share_is_told_too_when_it_is_refused() -> None:
+    cluster = Cluster()
+    apply = cluster.api.apply
+
+    async def refuse(resource, namespace, body):
+        raise Forbidden("exceeded quota: objects, requested: count/configmaps=1", status=403)
+
+    cluster.api.apply = refuse
+    await cluster.settle()
+    assert message(cluster).startswith(
+        "QuotaExceeded: ranks 0, 1 of 2: the API server refuses what the pods share: exceeded quota: objects"
+    )
+    assert cluster.pods() == []
+    assert await cluster.reconcile() == 15.0
+    cluster.api.apply = apply
+    await cluster.settle()
+    assert cluster.phase == "Running"
+
+
 async def test_one_failed_creation_does_not_keep_the_other_pods_from_being_made() -> None:
     cluster = Cluster(nodes=3)
     cluster.api.refuse_pods = {"0": Unavailable("no answer")}
