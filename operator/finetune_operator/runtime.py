@@ -1,7 +1,7 @@
 """The whole state of an operator process: built in one place at start, freed in one place at the end.
 
 Every replica watches, and is ready when it has seen all jobs and pods. Only the leader works, writes and talks to agents (see leader.py).
-What takes over works from the cache that it has kept, and has heard no agent yet.
+What takes over lists them once more, and has heard no agent yet.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from aiohttp import web
 
 from finetune_api.contract import MANAGED_BY_LABEL, MANAGER
 from finetune_operator.access import check_access
-from finetune_operator.cache import Cache, JobKey, job_key
+from finetune_operator.cache import Cache, JobKey
 from finetune_operator.jobserver.app import JobServer
 from finetune_operator.jobserver.auth import TokenVerifier
 from finetune_operator.jobserver.certificate_store import load_certificates, server_context, show
@@ -97,6 +97,7 @@ class Runtime:
         self._campaign: Campaign | None = None
         self._pod = own_pod()
         self._relisted = asyncio.Event()
+        self._stocktaking = asyncio.Lock()
         self._runners: list[web.AppRunner] = []
         self._agents_door: web.AppRunner | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -153,19 +154,24 @@ class Runtime:
         self._campaign.start()
 
     def _take_over(self, on_fatal: Callable[[], None], on_lost: Callable[[], None]) -> None:
-        """Lead from now on: look at every job."""
+        """Lead from now on."""
         if self._stopping:
             return
         self._leads = True
         self._reports.start_listening()
-        for job in self.cache.jobs():
-            self.queue.add(job_key(job))
         self._spawn(self._watch_lease(on_lost), "lease", on_fatal)
         if self._pod is not None:
             self._spawn(self._keep_label(self._pod), "label", on_fatal)
-        for number in range(self._settings.workers):
-            self._spawn(self._work(), f"worker-{number}", on_fatal)
+        self._spawn(self._lead(), "work", on_fatal)
         logger.info("leading: serving agents on port %d", self._settings.job_server_port)
+
+    async def _lead(self) -> None:
+        """Look at every job, and go on working.
+
+        Lists first: a watch that hangs is noticed after a while, and a pod that the leader before made meanwhile would be taken for deleted.
+        """
+        await _patiently(self._take_stock)
+        await asyncio.gather(*(self._work() for _ in range(self._settings.workers)))
 
     async def stop(self) -> None:
         """End all tasks, give the lease back, and close all connections."""
@@ -206,13 +212,14 @@ class Runtime:
 
     async def _take_stock(self) -> None:
         """Replace what the cache knows by full lists, and look at every job."""
-        self.cache.begin_sweep()
-        for job in await self._list(JOBS, None):
-            self._add(self.cache.observe_job(job))
-        for pod in await self._list(PODS, POD_SELECTOR):
-            self.cache.observe_pod(pod)
-        for key in self.cache.end_sweep():
-            self._add(key)
+        async with self._stocktaking:  # a sweep that another one begins in would forget what it has seen before that
+            self.cache.begin_sweep()
+            for job in await self._list(JOBS, None):
+                self._add(self.cache.observe_job(job))
+            for pod in await self._list(PODS, POD_SELECTOR):
+                self.cache.observe_pod(pod)
+            for key in self.cache.end_sweep():
+                self._add(key)
         self._reconciler.keep_only(self.cache.job_uids())
         # The last word of a member that is gone tells why, for as long as nobody has drawn the conclusion.
         self._reports.keep_only(self.cache.pod_uids() | self.cache.member_uids())

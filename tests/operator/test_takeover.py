@@ -252,6 +252,28 @@ async def test_what_changed_while_nobody_led_is_done_by_the_next(scene: Scene) -
     assert second.leads
 
 
+async def test_a_pod_that_a_watch_which_hangs_has_not_shown_is_not_taken_for_deleted(scene: Scene) -> None:
+    first, second = await scene.replica("a").starts(), await scene.replica("b").starts()
+    await scene.until(lambda: len(scene.training_pods) == 2 and not scene.api.events)
+    members = [
+        {"rank": rank, "pod": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
+        for rank, pod in enumerate(scene.api.bodies(PODS))
+        if pod["metadata"]["namespace"] != HOME
+    ]
+    gang = {"generation": 1, "nodes": 2, "members": members}
+    scene.api.store(JOBS, scene.api.bodies(JOBS)[0] | {"status": {"gang": gang}})
+    await scene.until(lambda: not scene.api.events)
+    for member in members:
+        second.runtime.cache._drop_pod(member["uid"])
+    await first.runtime.stop()
+    first.runtime = None
+    await scene.until(lambda: second.leads)
+    await second.scraped_when(lambda told: told["finetune_operator_reconciles_total done"] >= 1)
+    status = scene.api.bodies(JOBS)[0]["status"]
+    assert (status["gang"]["generation"], status.get("attempts", [])) == (1, [])
+    assert len(scene.training_pods) == 2
+
+
 async def test_a_leader_without_an_api_server_gives_no_orders_and_ends(scene: Scene) -> None:
     first, second = await scene.replica("a").starts(), await scene.replica("b").starts()
     await scene.until(lambda: scene.labelled == ["a"])
