@@ -213,7 +213,7 @@ class FineTuneJobSpec(ApiModel):
     pending_deadline_seconds: int | None = Field(default=None, ge=1, le=31536000)
     """Give all pods back when the gang is not complete within this time, and try again later. See docs/recovery.md."""
     active_deadline_seconds: int | None = Field(default=None, ge=1, le=315360000)
-    """Fail the job when it has run this long since its first start."""
+    """Fail the job when it has run this long since its first start, or since it was resumed last. None of it is used while it is suspended."""
     pod_ttl_seconds_after_finished: int | None = Field(
         default=None, ge=0, le=31536000, alias="podTTLSecondsAfterFinished"
     )

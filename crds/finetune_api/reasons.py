@@ -271,6 +271,13 @@ GROUPS: tuple[Group, ...] = (
                 "If it comes back: look at the network between that node and the operator.",
             ),
             Reason(
+                "NotStarted",
+                "A pod's agent is heard, and did not start the generation that it was told to within two minutes: most often a process of the one"
+                " before cannot be killed, for it hangs in a driver or a file system.",
+                "The pod is replaced on another node or by a spare, and a restart is used. The node is avoided for an hour.",
+                "Look at the node's kernel log for the driver or the file system; such a process often goes only with a restart of the node.",
+            ),
+            Reason(
                 "DeviceError",
                 "A GPU or the fabric of a node is broken, by what CUDA, NCCL or the driver said.",
                 "The pod is replaced elsewhere, and a restart is used. The node is avoided for an hour.",

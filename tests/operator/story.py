@@ -146,7 +146,7 @@ class Story:
         report = replace(base, **fields)
         same = known is not None and (known.report.state, known.report.generation) == (report.state, report.generation)
         since = known.since if same and known else self.now
-        heard = Heard(report=report, since=since, at=self.now)
+        heard = Heard(report=report, since=since, at=self.now, steady_since=known.steady_since if known else self.now)
         if known and report.heartbeat and known.report.heartbeat:
             advances = report.heartbeat.step > known.report.heartbeat.step
             took = (self.now - known.step_at).total_seconds() if known.step_at else 0.0

@@ -154,6 +154,41 @@ def test_an_active_deadline_does_not_run_before_the_first_start() -> None:
     assert story.phase == "Pending"
 
 
+def test_none_of_an_active_deadline_is_used_while_the_job_is_suspended_and_it_begins_anew_then() -> None:
+    story = Story("activeDeadlineSeconds: 3600").trains()
+    story.wait(600)
+    story.edit(suspend=True)
+    story.go()
+    story.vanish_all()
+    story.go()
+    story.wait(86400)
+    assert (story.go().look_again_seconds, story.phase) == (None, "Suspended")
+    story.edit(suspend=False)
+    story.go()
+    story.recovers()
+    story.wait(3599)
+    assert (story.go().look_again_seconds, story.phase) == (1, "Running")
+    story.wait(1)
+    story.go()
+    assert story.phase == "Failed"
+
+
+WHEN_ALL_HAVE_DONE_THEIR_WORK = {
+    "suspended": lambda story: story.edit(suspend=True),
+    "over its deadline": lambda story: story.edit(active_deadline_seconds=1),
+}
+
+
+@pytest.mark.parametrize("asked", WHEN_ALL_HAVE_DONE_THEIR_WORK.values(), ids=WHEN_ALL_HAVE_DONE_THEIR_WORK.keys())
+def test_work_that_is_done_when_it_is_looked_at_is_done(asked) -> None:
+    story = Story().trains()
+    story.wait(60)
+    story.workers_succeed()
+    asked(story)
+    story.go()
+    assert story.phase == "Succeeded"
+
+
 def test_pods_and_job_live_on_after_the_end_as_long_as_they_are_told_to() -> None:
     story = Story("{podTTLSecondsAfterFinished: 100, ttlSecondsAfterFinished: 1000}").trains()
     story.workers_succeed()

@@ -329,6 +329,20 @@ def test_no_more_nodes_are_remembered_than_status_can_hold() -> None:
     assert len(story.job.status.gang.avoid_nodes) == AVOIDED_AT_MOST
 
 
+def test_a_pod_that_is_suspect_for_two_reasons_is_listed_once() -> None:
+    """As after an outage of the API server, when much is seen at once: status refuses a pod twice."""
+    story = training()
+    story.worker_ends(0, 1, message="CUDA error: uncorrectable ECC error encountered")
+    story.change(0, node_lost=True)
+    story.wait(40)
+    story.report(1)
+    story.hearing = replace(story.hearing, at=story.now)
+    story.go()
+    assert [(entry.pod, entry.reason) for entry in story.job.status.gang.avoid_nodes] == [
+        ("sentiment-aaaaa-0-1", "NodeLost")
+    ]
+
+
 BROKEN = {
     "a memory error of the GPU": "RuntimeError: CUDA error: uncorrectable ECC error encountered",
     "a link between GPUs": "CUDA error: uncorrectable NVLink error detected during the execution",

@@ -125,6 +125,32 @@ def test_an_agent_that_is_back_is_news_though_it_says_the_same() -> None:
         assert say()
 
 
+def test_since_when_an_agent_is_heard_without_a_gap_counts_from_when_it_was_back() -> None:
+    clock = Clock()
+    reports = Reports(clock)
+    reports.hear(FIRST)
+    for back in (lambda: reports.hear(FIRST), lambda: reports.hear_question("pod-1")):
+        clock.now += timedelta(seconds=60)
+        back()
+        returned = clock.now
+        clock.now += timedelta(seconds=10)
+        reports.hear(replace(FIRST, generation=1))
+        assert reports.heard["pod-1"].steady_since == returned
+
+
+def test_what_was_heard_before_the_clock_was_set_back_was_heard_no_later_than_now() -> None:
+    clock = Clock()
+    reports = Reports(clock)
+    reports.hear(FIRST)
+    reports.hear(replace(FIRST, pod_uid="pod-2"))
+    clock.now -= timedelta(hours=1)
+    reports.hear_question("pod-1")
+    clock.now += timedelta(seconds=40)
+    reports.hear_question("pod-1")
+    assert (clock.now - reports.heard["pod-2"].at).total_seconds() == 40, "it is silent, and that is seen"
+    assert reports.hearing.since <= clock.now
+
+
 def test_an_operator_that_heard_nobody_for_a_while_begins_to_hear_anew() -> None:
     clock = Clock()
     reports = Reports(clock)

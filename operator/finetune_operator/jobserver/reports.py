@@ -48,10 +48,13 @@ class Reports:
         if known is not None and self._is_outdated(report, known.report):
             return False
         self._listen(now)
+        known = self._heard.get(report.pod_uid)
+        steady_since = now if known is None or _was_late(known, now) else known.steady_since
         if known is None or _outcome(known.report) != _outcome(report):
-            self._heard[report.pod_uid] = Heard(report=report, since=now, at=now)
+            self._heard[report.pod_uid] = Heard(report=report, since=now, at=now, steady_since=steady_since)
             return True
-        self._heard[report.pod_uid] = _with_step(replace(known, report=report, at=now), known)
+        heard = replace(known, report=report, at=now, steady_since=steady_since)
+        self._heard[report.pod_uid] = _with_step(heard, known)
         return _telling(known.report) != _telling(report) or _was_late(known, now)
 
     def _is_outdated(self, report: Report, known: Report) -> bool:
@@ -73,22 +76,35 @@ class Reports:
 
     def hear_question(self, pod_uid: str) -> bool:
         """Take in that an agent has asked for its order, and tell whether that is news."""
-        known, now = self._heard.get(pod_uid), self._clock()
+        now = self._clock()
         self._listen(now)
+        known = self._heard.get(pod_uid)
         if known is None:
             return False
-        self._heard[pod_uid] = replace(known, at=now)
-        return _was_late(known, now)
+        late = _was_late(known, now)
+        self._heard[pod_uid] = replace(known, at=now, steady_since=now if late else known.steady_since)
+        return late
 
     def _listen(self, now: datetime) -> None:
         gap = (now - self._hearing.at).total_seconds()
-        self._hearing = Hearing(since=self._hearing.since if gap <= LATE_SECONDS else now, at=now)
+        if gap < 0:  # the clock was set back: what was heard in its future would be believed until it gets there
+            self._heard = {uid: _heard_by(now, heard) for uid, heard in self._heard.items()}
+        self._hearing = Hearing(since=self._hearing.since if 0 <= gap <= LATE_SECONDS else now, at=now)
 
     def keep_only(self, pod_uids: set[str]) -> None:
         """Forget all pods but these."""
         for uid in self._heard.keys() - pod_uids:
             del self._heard[uid]
             self._former.pop(uid, None)
+
+
+def _heard_by(now: datetime, heard: Heard) -> Heard:
+    """Return the same as heard no later than now."""
+    step_at = None if heard.step_at is None else min(heard.step_at, now)
+    steady_since = min(heard.steady_since, now)
+    return replace(
+        heard, since=min(heard.since, now), at=min(heard.at, now), steady_since=steady_since, step_at=step_at
+    )
 
 
 def _with_step(new: Heard, known: Heard) -> Heard:

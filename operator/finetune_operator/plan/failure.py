@@ -21,8 +21,9 @@ from finetune_api.protocol import AgentState, Exit, Memory, Report
 from finetune_api.status import Gang, Member
 from finetune_operator.plan.devices import device_error
 from finetune_operator.plan.leaving import SAVE_SECONDS, has_ended, leaving_members, look_again_seconds, may_still_save
-from finetune_operator.plan.observation import Heard, Observation
+from finetune_operator.plan.observation import Heard, Observation, soonest
 from finetune_operator.plan.silence import NODE_LOST, find_loss
+from finetune_operator.plan.starting import NOT_STARTED, START_SECONDS, seconds_to_start, start_look_again_seconds
 from finetune_operator.views import PodView
 
 SETTLE_SECONDS = 1.0
@@ -84,7 +85,7 @@ def find_cause(observed: Observation, gang: Gang) -> tuple[Failure | None, float
     """Return the failure that ended the gang, or None and, when one may be about to show, in how many seconds to look again."""
     failures = list(gang_failures(observed, gang))
     if not failures:
-        return None, look_again_seconds(observed, gang)
+        return None, soonest(look_again_seconds(observed, gang), start_look_again_seconds(observed, gang))
     remaining = _seconds_to_save(observed, gang, failures)
     if remaining > 0:
         return None, remaining
@@ -157,7 +158,20 @@ def _member_failure(observed: Observation, gang: Gang, member: Member) -> Failur
         if lost is None and said.leaving:  # the agent knows of its pod's end before we do
             lost = _lost_pod(observed, pod, member)
         return lost or reported  # how workers end that do not save says nothing
-    return None if may_still_save(observed, gang, member) else lost
+    if may_still_save(observed, gang, member):
+        return None
+    return lost or _not_started(observed, gang, pod, member)
+
+
+def _not_started(observed: Observation, gang: Gang, pod: PodView | None, member: Member) -> Failure | None:
+    left = seconds_to_start(observed, gang, member)
+    if pod is None or left is None or left > 0:
+        return None
+    message = (
+        f"the agent of pod {pod.name} (rank {member.rank}) is heard, and has not started generation {gang.generation} within "
+        f"{START_SECONDS:.0f} s: most often a process of the one before cannot be killed, for it hangs in a driver or a file system"
+    )
+    return Failure(FailureClass.POD, NOT_STARTED, message, pod=pod.name, heard_at=observed.now, node=pod.node)
 
 
 def _out_of_memory(observed: Observation, pod: PodView | None) -> Failure | None:

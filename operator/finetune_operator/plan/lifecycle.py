@@ -28,7 +28,7 @@ from finetune_operator.plan.giving_way import (
 from finetune_operator.plan.goodput import pause, settle
 from finetune_operator.plan.hang import find_hang
 from finetune_operator.plan.leaving import SILENT_SECONDS, describe, is_stuck
-from finetune_operator.plan.observation import Observation, Plan, instant, is_final, timestamp, unset_gang
+from finetune_operator.plan.observation import Observation, Plan, instant, is_final, soonest, timestamp, unset_gang
 from finetune_operator.plan.pending import is_blocked, waiting_for
 from finetune_operator.plan.progress import fold_reports
 from finetune_operator.plan.recovery import (
@@ -43,6 +43,7 @@ from finetune_operator.plan.resizing import describe_resize, find_end, told_to_s
 from finetune_operator.plan.shape import misshapen
 from finetune_operator.plan.silence import find_doubt, find_loss, is_taking_stock, silence_ends_in
 from finetune_operator.plan.spares import growth_to_replace, missing_spares, standing_by
+from finetune_operator.plan.starting import NOT_STARTED
 from finetune_operator.plan.suspects import with_suspects
 from finetune_operator.views import PodView
 
@@ -57,9 +58,15 @@ def plan_job(observed: Observation) -> Plan:
     if status.gang is None and observed.problem is not None:
         situation = Situation(JobPhase.PENDING, observed.problem.reason, observed.problem.message, stalled=True)
         return Plan(with_conditions(observed, status, situation))
-    if _deadline_passed(observed):
-        return _plan_deadline(observed)
     gang = status.gang or unset_gang(observed, 1)
+    if gang.members and _has_succeeded(observed, gang):
+        return _plan_members(observed, gang)  # whatever is asked of it by now, its work is done
+    return _plan_deadline(observed) if _deadline_passed(observed) else _plan_gang(observed, gang)
+
+
+def _plan_gang(observed: Observation, gang: Gang) -> Plan:
+    """The job has work to do: have its gang do it, or leave."""
+    status = observed.status
     leaving = bool(gang.members) and (
         observed.job.spec.suspend or _is_suspended(status) or _is_misshapen(observed, gang)
     )
@@ -81,7 +88,7 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     """The gang has its members: follow them until all have succeeded or one has failed."""
     status = fold_reports(observed, gang, observed.status)
     states = _states(observed, gang)
-    if all(state == AgentState.SUCCEEDED for state in states):
+    if _has_succeeded(observed, gang):
         return _plan_end(observed, status, gang, Situation(JobPhase.SUCCEEDED, "Succeeded", _success_message(status)))
     failure, look_again = find_cause(observed, gang) if gang.stop_time is None else find_end(observed, gang)
     if failure is None and look_again is None:
@@ -89,13 +96,13 @@ def _plan_members(observed: Observation, gang: Gang) -> Plan:
     if failure is not None:
         return _plan_failure(observed, status, gang, failure)
     silence = silence_ends_in(observed, gang, list(observed.pods))
-    look_again = _soonest(look_again, silence, _deadline_seconds(observed), spares.look_again_seconds(observed, gang))
+    look_again = soonest(look_again, silence, _deadline_seconds(observed), spares.look_again_seconds(observed, gang))
     if is_taking_stock(observed, gang):  # what was known before stands until everybody could be heard
         return Plan(status, look_again_seconds=look_again)
     gang = told_to_stop(observed, _with_suspects(observed, gang, None))
     surplus = surplus_pods(observed, gang, {})  # what is held from now on is deleted once that is committed
     gang = with_growth_held(observed, gang)
-    look_again = _soonest(look_again, growth_look_again_seconds(observed, gang))
+    look_again = soonest(look_again, growth_look_again_seconds(observed, gang))
     ready = sum(state in (AgentState.RUNNING, AgentState.SUCCEEDED) for state in states)
     gang = gang.model_copy(update={"ready": ready, "spares": standing_by(observed, gang)})
     status = status.model_copy(update={"gang": gang})
@@ -120,11 +127,11 @@ def _plan_failure(observed: Observation, status: JobStatus, gang: Gang, failure:
 
 
 def _with_suspects(observed: Observation, gang: Gang, failure: Failure | None) -> Gang:
-    """Return the gang with the nodes to avoid from now on: where pods are lost, and where a device is broken."""
+    """Return the gang with the nodes to avoid from now on: where pods are lost or wedged, and where a device is broken."""
     losses = [(pod, find_loss(observed, gang, pod)) for pod in observed.pods]
     found = [(pod, loss.reason) for pod, loss in losses if loss is not None]
-    if failure is not None and failure.reason == DEVICE_ERROR:
-        found += [(pod, DEVICE_ERROR) for pod in observed.pods if pod.name == failure.pod]
+    if failure is not None and failure.reason in (DEVICE_ERROR, NOT_STARTED):
+        found += [(pod, failure.reason) for pod in observed.pods if pod.name == failure.pod]
     return with_suspects(observed, gang, found)
 
 
@@ -171,7 +178,7 @@ def _plan_assembly(observed: Observation, status: JobStatus, gang: Gang) -> Plan
         status,
         create=() if problem else missing,
         delete=unfit_pods(observed, gang) + surplus_pods(observed, gang, chosen),
-        look_again_seconds=_soonest(*look_again),
+        look_again_seconds=soonest(*look_again),
     )
 
 
@@ -188,7 +195,7 @@ def _plan_without_pods(observed: Observation, status: JobStatus, gang: Gang, hol
     return Plan(
         with_conditions(observed, status, Situation(_waiting_phase(status), hold.reason, message)),
         delete=tuple(pod for pod in observed.pods if pod.usable),
-        look_again_seconds=_soonest(delay, _deadline_seconds(observed)),
+        look_again_seconds=soonest(delay, _deadline_seconds(observed)),
     )
 
 
@@ -242,7 +249,7 @@ def _plan_end(observed: Observation, status: JobStatus, gang: Gang, situation: S
     spec = observed.job.spec
     return Plan(
         with_conditions(observed, status, situation),
-        look_again_seconds=_soonest(spec.pod_ttl_seconds_after_finished, spec.ttl_seconds_after_finished),
+        look_again_seconds=soonest(spec.pod_ttl_seconds_after_finished, spec.ttl_seconds_after_finished),
     )
 
 
@@ -262,7 +269,7 @@ def _plan_finished(observed: Observation) -> Plan:
         status,
         delete=tuple(pod for pod in observed.pods if not pod.deleting and (pods_left == 0 or pod.uid in never_ran)),
         delete_job=job_left == 0,
-        look_again_seconds=_soonest(pods_left or None, job_left or None),
+        look_again_seconds=soonest(pods_left or None, job_left or None),
     )
 
 
@@ -279,10 +286,13 @@ def _deadline_passed(observed: Observation) -> bool:
 
 
 def _deadline_seconds(observed: Observation) -> float | None:
-    seconds, started = observed.job.spec.active_deadline_seconds, observed.status.start_time
-    if seconds is None or started is None:
+    """Return how much of activeDeadlineSeconds is left: it begins anew after a suspension, during which none is used, as a Job's does."""
+    spec, status = observed.job.spec, observed.status
+    if spec.active_deadline_seconds is None or status.start_time is None or spec.suspend or _is_suspended(status):
         return None
-    return (instant(started) + timedelta(seconds=seconds) - observed.now).total_seconds()
+    resumed = [one.last_transition_time for one in status.conditions if one.type == ConditionType.SUSPENDED]
+    since = max(map(instant, [status.start_time, *resumed]))
+    return (since + timedelta(seconds=spec.active_deadline_seconds) - observed.now).total_seconds()
 
 
 def _is_suspended(status: JobStatus) -> bool:
@@ -292,12 +302,16 @@ def _is_suspended(status: JobStatus) -> bool:
 def _is_misshapen(observed: Observation, gang: Gang) -> bool:
     """Tell whether a member's pod is not in the shape that spec asks for, which it may do only while the job is suspended.
 
-    Not before all could be heard, nor if all of them have done their work meanwhile.
+    Not before all could be heard: they may have done their work meanwhile.
     """
-    if is_taking_stock(observed, gang) or all(state == AgentState.SUCCEEDED for state in _states(observed, gang)):
+    if is_taking_stock(observed, gang):
         return False
     members = {member.uid for member in gang.members}
     return any(pod.uid in members for pod in misshapen(observed.job, observed.pods))
+
+
+def _has_succeeded(observed: Observation, gang: Gang) -> bool:
+    return all(state == AgentState.SUCCEEDED for state in _states(observed, gang))
 
 
 def _states(observed: Observation, gang: Gang) -> list[AgentState]:
@@ -351,7 +365,3 @@ def _success_message(status: JobStatus) -> str:
 
 def _left(seconds: int | None, age: float) -> float | None:
     return None if seconds is None else max(0.0, seconds - age)
-
-
-def _soonest(*seconds: float | None) -> float | None:
-    return min((s for s in seconds if s is not None), default=None)

@@ -14,12 +14,14 @@ from finetune_operator.views import PodView
 class Heard:
     """The newest report of one agent, since when it has said the same of the same generation, and when it was heard last.
 
-    ``step_at`` is when its step advanced last, and ``step_seconds`` how long after the advance before.
+    ``steady_since`` is since when it is heard without a gap, ``step_at`` when its step advanced last, and ``step_seconds`` how long after
+    the advance before.
     """
 
     report: Report
     since: datetime
     at: datetime
+    steady_since: datetime
     step_at: datetime | None = None
     step_seconds: float = 0.0
 
@@ -132,3 +134,8 @@ def timestamp(at: datetime) -> str:
 def instant(text: str) -> datetime:
     """Return the instant that a timestamp of Kubernetes names."""
     return datetime.fromisoformat(text)
+
+
+def soonest(*seconds: float | None) -> float | None:
+    """Return the least of the times, or None when there is none."""
+    return min((s for s in seconds if s is not None), default=None)

@@ -1,4 +1,4 @@
-"""Nodes that are not trusted for a while: a pod of the gang was lost there, or its devices failed.
+"""Nodes that are not trusted for a while: a pod of the gang was lost or wedged there, or its devices failed.
 
 The list is committed with the generation that replaces the pod. It says two things: this pod is not used again, whatever it claims later
 and whichever operator process looks; and new pods are kept away from its node. The scheduler is asked, not ordered: where the node is the
@@ -22,14 +22,11 @@ def is_suspect(gang: Gang, pod: PodView) -> bool:
 
 
 def with_suspects(observed: Observation, gang: Gang, found: Iterable[tuple[PodView, str]]) -> Gang:
-    """Return the gang with more nodes to avoid, each for the reason that its pod is given."""
+    """Return the gang with more nodes to avoid, each for the first reason that its pod is given: the list has one entry for each pod."""
     known = {entry.pod for entry in gang.avoid_nodes}
     now = timestamp(observed.now)
-    new = [
-        AvoidedNode(pod=pod.name, node=pod.node, reason=reason, time=now)
-        for pod, reason in found
-        if pod.node and pod.name not in known
-    ]
+    firsts = {pod.name: (pod, reason) for pod, reason in reversed(list(found)) if pod.node and pod.name not in known}
+    new = [AvoidedNode(pod=pod.name, node=pod.node, reason=reason, time=now) for pod, reason in firsts.values()]
     return gang.model_copy(update={"avoid_nodes": [*gang.avoid_nodes, *new][-AVOIDED_AT_MOST:]}) if new else gang
 
 
