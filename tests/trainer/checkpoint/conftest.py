@@ -5,9 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from finetune_api.protocol import Resumed, ResumeSource
+from finetune_trainer.checkpoint.manifest import Position
 from tests.trainer.checkpoint.faulty_store import FaultyStore
 from tests.trainer.checkpoint.gangs import running_nursery
-from tests.trainer.checkpoint.incarnations import close_all
+from tests.trainer.checkpoint.incarnations import checkpoints, close_all, mark, save
 from tests.trainer.checkpoint.site import Site, leave_a_commit_and_a_save_under_way
 from tests.trainer.checkpoint.trainee import Case, new_engine, train
 
@@ -41,6 +43,17 @@ def no_pauses(monkeypatch):
 @pytest.fixture
 def store():
     return FaultyStore()
+
+
+@pytest.fixture
+def two_saved(engine, store):
+    """Steps 10 and 20, saved by generation 1."""
+    first = checkpoints(engine, store, 1)
+    assert first.resume() == (Position(0, 0), Resumed(0, ResumeSource.START))
+    save(engine, first, 10)
+    save(engine, first, 20)
+    mark(engine, -1)
+    return store
 
 
 @pytest.fixture(autouse=True)

@@ -97,7 +97,7 @@ class Rounds:
         self.prefix = prefix
         self.seen = {}
 
-    def checkpoints(self, engine, name, generation, *, store=None, pod=None):
+    def checkpoints(self, engine, name, generation, *, store=None, pod=None, resume_from=None):
         return Checkpoints(
             engine=engine,
             store=store or S3ObjectStore(self.endpoint),
@@ -106,6 +106,7 @@ class Rounds:
             retention=Retention(9),
             recipe_digest="recipe",
             staging=[pod or Path(tempfile.mkdtemp())],
+            resume_from=resume_from,
         )
 
     def save(self):
@@ -148,10 +149,12 @@ class Rounds:
     def resume(self):
         for name, case in {**CASES, "falls back": CASES[FALLS_BACK], "killed": CASES[FALLS_BACK]}.items():
             self.take_up(name, case, 3)
+        told = f"{self.prefix}/{slug(FALLS_BACK)}" if dist.get_rank() == 0 else None
+        self.take_up("told apart", CASES[FALLS_BACK], 1, resume_from=told)
 
-    def take_up(self, name, case, generation, *, pod=None):
+    def take_up(self, name, case, generation, *, pod=None, resume_from=None):
         engine = new_engine(case)
-        checkpoints = self.checkpoints(engine, name, generation, pod=pod)
+        checkpoints = self.checkpoints(engine, name, generation, pod=pod, resume_from=resume_from)
         found, resumed = checkpoints.resume()
         checkpoints.close()
         losses = train(engine, range(found.step, STEPS))

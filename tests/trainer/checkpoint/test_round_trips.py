@@ -183,3 +183,10 @@ def test_a_rank_killed_in_the_middle_of_a_save_leaves_the_older_checkpoint(saved
         assert after["killed"]["position"] == POSITION
         assert after["killed"]["losses"] == before[FALLS_BACK]["losses"][SAVE_AT:]
         assert after["killed"]["digest"] == before[FALLS_BACK]["digest"]
+
+
+def test_ranks_that_were_told_of_different_sources_take_that_of_rank_0(saved, resumed):
+    """``resumeFrom`` was edited, and one of two pods made anew."""
+    for before, after in zip(saved, resumed, strict=True):
+        assert (after["told apart"]["source"], after["told apart"]["position"]) == ("OtherJob", POSITION)
+        assert after["told apart"]["losses"] == before[FALLS_BACK]["losses"][SAVE_AT:]

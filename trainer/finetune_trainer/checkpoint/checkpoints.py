@@ -52,7 +52,7 @@ class Checkpoints:
         staging: folders for the buffers, the first with room is used.
         resume_from: another job's ``s3://bucket/path``, ``@step`` behind it for a certain one.
         upload_bytes_per_second: a bound on what one rank uploads.
-        alive: called about once a second while an update of the engine waits for a copy.
+        alive: called about once a second while an update of the engine waits for a copy, or a rollback for saves under way.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Checkpoints:
 
     def last_good(self, suspect_from: int) -> int:
         """Return the step to go back to: the newest checkpoint not later than ``suspect_from``, else the oldest; 0 without any."""
-        self.wait()
+        self.wait(self._alive)
         return last_good(self._ranks.first(self._head_writer.kept), suspect_from)
 
     def roll_back(self, suspect_from: int, skipped: tuple[int, int]) -> int:
@@ -210,7 +210,7 @@ class Checkpoints:
 
         The engine's state is of no use any more: the next generation resumes.
         """
-        self.wait()
+        self.wait(self._alive)
         return self._ranks.first(partial(self._head_writer.roll_back, suspect_from, skipped)).rollbacks
 
     def close(self) -> None:
@@ -250,6 +250,8 @@ class Checkpoints:
 
     def _from_storage(self, head: Head) -> tuple[Head, Position, Resumed]:
         restorer = Restorer(engine=self._engine, store=self._store, ranks=self._ranks, sources=self._sources)
+        # Of spec, which may have been edited between the making of two pods; what is asked of the store has to be the same on all ranks.
+        resume_from = self._ranks.first(lambda: self._resume_from)
         if head.kept:
             restored = restorer.newest(self._prefix, head.kept, recipe_digest=self._recipe_digest)
             if restored.broken:
@@ -260,8 +262,8 @@ class Checkpoints:
                 f"{self._prefix} lists no checkpoint, but this job has committed some: somebody deleted them; put HEAD and "
                 "what it lists back from the bucket's versions or a backup"
             )
-        elif self._resume_from is not None:
-            restored, source = restorer.other_job(self._resume_from), ResumeSource.OTHER_JOB
+        elif resume_from is not None:
+            restored, source = restorer.other_job(resume_from), ResumeSource.OTHER_JOB
         else:
             restored, source = Restored(Position(step=0, samples_consumed=0), {}), ResumeSource.START
         position = _skipping(restored.position, head)

@@ -158,7 +158,7 @@ def finish_restore(engine: Any, saved: Json, *, own: bool = True) -> None:
         engine.lr_scheduler.load_state_dict(saved["schedule"])
     scaler, autocast_scaler = _scalers(engine)
     _set_known(engine, saved["counters"])
-    if own or "cur_iter" in saved["lossScale"]:  # else it is the 1 of a precision that needs no scale
+    if own or (_is_dynamic(scaler) and _was_dynamic(saved["lossScale"])):
         _set_known(scaler, saved["lossScale"])
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     if saved["autocastLossScale"] and autocast_scaler is not None:
@@ -317,6 +317,15 @@ def _scalers(engine: Any) -> tuple[Any, Any]:
     optimizer = engine.optimizer
     scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
     return scaler, getattr(optimizer, "torch_autocast_gradscaler", None) or engine.torch_autocast_z0_gradscaler
+
+
+def _is_dynamic(scaler: Any) -> bool:
+    """Tell whether a scaler finds its scale itself, as that of FP16 does; BF16 has one too, which stays 1."""
+    return getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
+
+
+def _was_dynamic(saved: Json) -> bool:
+    return saved.get("last_overflow_iter") is not None
 
 
 def _set_known(target: Any, values: Json) -> None:
