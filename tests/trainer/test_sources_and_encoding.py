@@ -17,6 +17,7 @@ from finetune_trainer.feed import Feed
 from finetune_trainer.models import load_config, load_tokenizer
 from finetune_trainer.object_store import MemoryObjectStore
 from finetune_trainer.preparation import Sources
+from finetune_trainer.scratch import UNFINISHED, discard_unfinished, unfinished
 from finetune_trainer.sources import Pinned, PinnedFile, fetch, pin_data
 from finetune_trainer.tasks import Task, task_of
 from finetune_trainer.tasks.task import IGNORED
@@ -122,7 +123,34 @@ def test_checkpoints_tell_frozen_weights_from_what_is_only_read(files: Path) -> 
 def test_failed_work_leaves_nothing_behind(classify: Callable[[bytes], Encoded], tmp_path: Path) -> None:
     with pytest.raises(BadData):
         classify(b'{"text": "fine", "label": "odd"}\n')
-    assert list((tmp_path / "encoded").iterdir()) == []
+    assert [path.name for path in tmp_path.rglob("*") if path.name != "d.jsonl" and path.is_file()] == []
+
+
+def test_what_a_killed_worker_did_not_finish_is_removed_and_what_it_has_stays(
+    classify: Callable[[bytes], Encoded], tmp_path: Path
+) -> None:
+    classify(b'{"text": "fine", "label": "positive"}\n')
+    whole = sorted(tmp_path.rglob("*"))
+    unfinished(tmp_path).write_bytes(b"half a model")
+    (unfinished(tmp_path) / "tokens").mkdir(parents=True)
+    discard_unfinished(tmp_path)
+    discard_unfinished(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == [path for path in whole if path.name != UNFINISHED]
+
+
+def test_whatever_arrives_lies_where_it_can_be_discarded(tmp_path: Path) -> None:
+    class Killed(MemoryObjectStore):
+        def download_file(self, uri: str, path: Path) -> None:
+            super().download_file(uri, path)
+            places.append(path)
+            raise KeyboardInterrupt
+
+    places: list[Path] = []
+    store = Killed()
+    store.put(DATA, b"new")
+    with pytest.raises(KeyboardInterrupt):
+        fetch(pin_data(DATA, store, tmp_path), store, tmp_path)
+    assert places[0].parent == tmp_path / UNFINISHED
 
 
 def test_what_is_encoded_is_found_again(classify: Callable[[bytes], Encoded], tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ Costs a job one request at each later start, and at the first one a few small ob
 
 import copy
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +49,7 @@ from finetune_trainer.preparation import Prepared
 from finetune_trainer.ranks import Ranks
 from finetune_trainer.rounding import FLOATS, ITEM_BYTES, converted
 from finetune_trainer.safetensors_header import LENGTH_BYTES, Tensor, build_header, header_end, parse_header
+from finetune_trainer.scratch import unfinished_folder
 
 CONSTANTS = "constants.safetensors"
 COMPARED_AT_ONCE = 2**22
@@ -81,8 +81,8 @@ def write_export_plan(job: Job, ranks: Ranks, prepared: Prepared, alive: Callabl
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = _found_in_source(_source(prepared), model, parts, ranks, alive)
     stems = {part.name: _stem(part, names, found) for part in parts}
-    with tempfile.TemporaryDirectory(dir=job.scratch, prefix=".export-plan-") as folder:
-        constants = Path(folder) / CONSTANTS
+    with unfinished_folder(job.scratch) as folder:
+        constants = folder / CONSTANTS
         _write_constants(constants, [part for part in parts if isinstance(stems[part.name], Constant)], ranks, alive)
         weights = tuple(_weight(part, stems[part.name], names) for part in parts)
         ranks.once(lambda: _write(job, prepared, weights, _tied(model), constants))

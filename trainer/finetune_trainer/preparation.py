@@ -25,6 +25,7 @@ from finetune_trainer.models import build_model, count_parameters, load_config, 
 from finetune_trainer.object_store import ObjectStore, S3ObjectStore
 from finetune_trainer.optimization import build_engine, deepspeed_config, require_precision
 from finetune_trainer.ranks import Ranks
+from finetune_trainer.scratch import discard_unfinished
 from finetune_trainer.sources import Pinned, PinnedFile, fetch, pin_data
 from finetune_trainer.tasks import Task, task_of
 from finetune_trainer.tuning import tune
@@ -72,6 +73,7 @@ def prepare(job: Job, ranks: Ranks, alive: Callable[[], None]) -> Prepared:
     """
     recipe, task = job.recipe, task_of(job.recipe)
     ranks.together(lambda: require_precision(recipe.training.precision))
+    ranks.once_per_node(lambda: discard_unfinished(job.scratch))
     store = S3ObjectStore(endpoint=job.storage.endpoint)
     with gone_is_lost(job.storage.prefix, has_checkpoint=job.has_checkpoint):  # data may lie in the same bucket
         sources = ranks.once(lambda: _pin(job, store))

@@ -9,13 +9,13 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from finetune_trainer.errors import BadConfig, BadData, NoPermission, TrainingError
 from finetune_trainer.object_store import ObjectInfo, ObjectStore
+from finetune_trainer.scratch import unfinished
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +108,11 @@ def fetch(pinned: Pinned, store: ObjectStore, scratch: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for file in pinned.files:
         if not (folder / file.name).exists():
-            _fetch_file(file, store, folder)
+            _fetch_file(file, store, folder, unfinished(scratch))
     return folder
 
 
-def _fetch_file(file: PinnedFile, store: ObjectStore, folder: Path) -> None:
-    arriving = folder / f".{file.name}.{uuid.uuid4().hex}"
+def _fetch_file(file: PinnedFile, store: ObjectStore, folder: Path, arriving: Path) -> None:
     try:
         store.download_file(file.uri, arriving)
         info = store.head(file.uri)

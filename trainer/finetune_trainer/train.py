@@ -11,11 +11,9 @@ and leaves out the samples of the step, a bounded number of times. So it does wh
 checkpoint of the steps right before is not trusted either, and that after the last time it trains on.
 """
 
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -38,6 +36,7 @@ from finetune_trainer.optimization import OVERFLOWS_LIMIT, NotFinite, accumulate
 from finetune_trainer.preparation import Prepared, prepare
 from finetune_trainer.progress import Reporter
 from finetune_trainer.ranks import Ranks
+from finetune_trainer.scratch import unfinished_folder
 from finetune_trainer.stop import StopRequest
 
 SOURCES = {
@@ -205,6 +204,7 @@ class Run:
                 f"{what}; going back and leaving out the samples was tried {done} times: lower "
                 "training.optimizer.learningRate, use BF16 instead of FP16, or look at the data"
             )
+        self.reporter.phase(Phase.CHECKPOINTING)  # a store that is slow now is no rank that hangs
         position, plan = self.position, self.prepared.plan
         suspect_from = max(0, position.step - suspect_steps)
         back_to = self.checkpoints.last_good(suspect_from)
@@ -339,8 +339,7 @@ class Run:
             step=self.position.step,
             total_steps=prepared.total_steps,
         )
-        with tempfile.TemporaryDirectory(dir=self.job.scratch, prefix=".model-") as name:
-            folder = Path(name)
+        with unfinished_folder(self.job.scratch) as folder:
             write_model(
                 folder,
                 weights=weights,

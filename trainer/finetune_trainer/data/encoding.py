@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from finetune_api.recipe import Columns
 from finetune_trainer.data.encoded import EncodedWriter, Example
 from finetune_trainer.data.records import Record, Wanted, read_records
 from finetune_trainer.errors import BadData
+from finetune_trainer.scratch import unfinished
 from finetune_trainer.sources import Pinned, replace_folder
 from finetune_trainer.tasks import Task
 
@@ -42,10 +42,11 @@ def encode_data(
     name = _digest([FORMAT, data.digest, model.digest, task.identity, wanted.names])
     finished = scratch / "encoded" / name
     if not finished.is_dir():
-        arriving = finished.with_name(f".{name}.{uuid.uuid4().hex}")
+        arriving = unfinished(scratch)
         try:
             records = read_records(folder / data.files[0].name, data.uri, wanted)
             _write(task.encode(_telling(records, alive), tokenizer), arriving, data.uri)
+            finished.parent.mkdir(exist_ok=True)
             replace_folder(arriving, finished)
         finally:
             shutil.rmtree(arriving, ignore_errors=True)
