@@ -1,5 +1,8 @@
 """Are the rights there? Asked once at start: kopf retries a forbidden watch for a minute, so a gap in RBAC looks like a hang."""
 
+import logging
+from collections.abc import Sequence
+
 from finetune_operator.kube.api import (
     ACCESS_REVIEWS,
     CONFIG_MAPS,
@@ -13,6 +16,8 @@ from finetune_operator.kube.api import (
 )
 from finetune_operator.kube.errors import Forbidden
 from finetune_operator.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 NEEDED: tuple[tuple[Resource, str, tuple[str, ...]], ...] = (
     (JOBS, "", ("get", "list", "watch", "delete")),
@@ -31,21 +36,48 @@ NEEDED_AT_HOME: tuple[tuple[Resource, str | None, tuple[str, ...]], ...] = (
 )
 
 
-async def check_access(api: KubeApi, settings: Settings) -> None:
-    """Raise ``Forbidden`` that names every right the operator lacks."""
-    questions = [
-        _question(resource, verb, namespace, subresource=subresource)
-        for namespace in settings.watch_namespaces or ("",)
-        for resource, subresource, verbs in NEEDED
-        for verb in verbs
-    ] + [
-        _question(resource, verb, settings.namespace, name="" if suffix is None else settings.service + suffix)
-        for resource, suffix, verbs in NEEDED_AT_HOME
-        for verb in verbs
-    ]
-    missing = [_in_words(question) for question in questions if not await _may(api, question)]
+async def check_access(api: KubeApi, settings: Settings) -> tuple[str, ...]:
+    """Return which of ``settings.watch_namespaces`` to serve; none stands for all there are.
+
+    One without any right is left out and told: who deletes a namespace deletes the operator's rights in it, and the others' jobs go on.
+
+    Raises:
+        Forbidden: a right is missing; every one is named.
+    """
+    served, missing = [], []
+    for namespace in settings.watch_namespaces or ("",):
+        questions = [
+            _question(resource, verb, namespace, subresource=subresource)
+            for resource, subresource, verbs in NEEDED
+            for verb in verbs
+        ]
+        lacks = await _lacking(api, questions)
+        if len(lacks) < len(questions):
+            served.append(namespace)
+        elif settings.watch_namespaces:
+            logger.error(
+                "namespace %s is not served: no right in it; if it is no more, take it out of watchNamespaces",
+                namespace,
+            )
+            lacks = []
+        missing += lacks
+    if not served:
+        missing += [f"anything in {', '.join(settings.watch_namespaces)}"] if settings.watch_namespaces else []
+    missing += await _lacking(
+        api,
+        [
+            _question(resource, verb, settings.namespace, name="" if suffix is None else settings.service + suffix)
+            for resource, suffix, verbs in NEEDED_AT_HOME
+            for verb in verbs
+        ],
+    )
     if missing:
         raise Forbidden(f"the operator's service account may not: {'; '.join(missing)}", status=403)
+    return tuple(served) if settings.watch_namespaces else ()
+
+
+async def _lacking(api: KubeApi, questions: Sequence[dict[str, str]]) -> list[str]:
+    return [_in_words(question) for question in questions if not await _may(api, question)]
 
 
 def _question(

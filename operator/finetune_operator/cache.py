@@ -11,7 +11,7 @@ object, so a watch that is dead or late is noticed by what it fails to show.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, NewType, TypeVar
 
@@ -143,16 +143,19 @@ class Cache:
         """Call before asking for full lists."""
         self._sweep += 1
 
-    def end_sweep(self) -> set[JobKey]:
-        """Call after taking full lists in; forgets what neither they nor a watch have shown since, and returns whose it was."""
+    def end_sweep(self, *, spared: Collection[str | None] = ()) -> set[JobKey]:
+        """Call after taking full lists in; forgets what neither they nor a watch have shown since, and returns whose it was.
+
+        What is in ``spared`` namespaces could not be listed, and stays as it was known.
+        """
         self.is_synced = True
         touched: set[JobKey] = set()
         for key, job in list(self._jobs.items()):
-            if job.seen < self._sweep:
+            if job.seen < self._sweep and key[0] not in spared:
                 del self._jobs[key]
                 touched.add(key)
         for uid, pod in list(self._pods.items()):
-            if pod.seen < self._sweep:
+            if pod.seen < self._sweep and pod.value.namespace not in spared:
                 touched.add(JobKey((pod.value.namespace, pod.value.job)))
                 self._drop_pod(uid)
         since = self._clock() - REMEMBER_SECONDS

@@ -24,10 +24,9 @@ from finetune_operator.jobserver.connections import cut_buffers, give_memory_bac
 from finetune_operator.jobserver.flood import STRANGER_SECONDS
 from finetune_operator.jobserver.reports import Reports
 from finetune_operator.jobserver.tls import Certificates
-from finetune_operator.kube.api import JOBS, PODS, Resource
+from finetune_operator.kube.api import JOBS, PODS
 from finetune_operator.kube.client import KubeClient
-from finetune_operator.kube.errors import Conflict, KubeError, TooMany, Unavailable
-from finetune_operator.kube_object import KubeObject
+from finetune_operator.kube.errors import Conflict, Forbidden, KubeError, TooMany, Unavailable
 from finetune_operator.leader import Campaign, Lease, OwnPod, identity_of, own_pod
 from finetune_operator.leader_label import show_leader
 from finetune_operator.observability.event_loop import measure_lag
@@ -113,7 +112,7 @@ class Runtime:
         health, metrics = Health(), Metrics()
         health_runner = await _listen(health.app(), settings.health_port, None)
         metrics_runner = await _listen(metrics.app(), settings.metrics_port, None)
-        certificates = await _patiently(lambda: _prepare(settings, metrics))
+        settings, certificates = await _patiently(lambda: _prepare(settings, metrics))
         lease = Lease()
         client = await KubeClient.connect(may_write=lease.has_time, on_answer=metrics.api.record)
         runtime = cls(settings, client, lease, certificates, metrics)
@@ -173,6 +172,11 @@ class Runtime:
         await _patiently(self._take_stock)
         await asyncio.gather(*(self._work() for _ in range(self._settings.workers)))
 
+    @property
+    def namespaces(self) -> tuple[str, ...]:
+        """Which namespaces are served; none stands for all."""
+        return self._settings.watch_namespaces
+
     async def stop(self) -> None:
         """End all tasks, give the lease back, and close all connections."""
         self._stopping = True
@@ -214,20 +218,28 @@ class Runtime:
         """Replace what the cache knows by full lists, and look at every job."""
         async with self._stocktaking:  # a sweep that another one begins in would forget what it has seen before that
             self.cache.begin_sweep()
-            for job in await self._list(JOBS, None):
-                self._add(self.cache.observe_job(job))
-            for pod in await self._list(PODS, POD_SELECTOR):
-                self.cache.observe_pod(pod)
-            for key in self.cache.end_sweep():
+            closed = [one for one in self.namespaces or (None,) if not await self._list(one)]
+            for key in self.cache.end_sweep(spared=closed):
                 self._add(key)
         self._reconciler.keep_only(self.cache.job_uids())
         # The last word of a member that is gone tells why, for as long as nobody has drawn the conclusion.
         self._reports.keep_only(self.cache.pod_uids() | self.cache.member_uids())
 
-    async def _list(self, resource: Resource, selector: str | None) -> list[KubeObject]:
-        namespaces = self._settings.watch_namespaces or (None,)
-        lists = [await self._client.list(resource, namespace, label_selector=selector) for namespace in namespaces]
-        return [item for items in lists for item in items]
+    async def _list(self, namespace: str | None) -> bool:
+        """Take in all that is in a namespace, or in all; False if there is one to which the operator has no right any more."""
+        try:
+            jobs = await self._client.list(JOBS, namespace)
+            pods = await self._client.list(PODS, namespace, label_selector=POD_SELECTOR)
+        except Forbidden as error:
+            if namespace is None:
+                raise
+            logger.error("what is in namespace %s is not known any more: %s", namespace, error)  # noqa: TRY400  no traceback needed
+            return False
+        for job in jobs:
+            self._add(self.cache.observe_job(job))
+        for pod in pods:
+            self.cache.observe_pod(pod)
+        return True
 
     async def _resync(self) -> None:
         """Take stock now and then, and soon after a watch has begun."""
@@ -357,12 +369,15 @@ class Runtime:
         self._tasks.append(task)
 
 
-async def _prepare(settings: Settings, metrics: Metrics) -> Certificates:
-    """Do what any replica may do: ask for its rights, and make the certificates if there are none (see load_certificates)."""
+async def _prepare(settings: Settings, metrics: Metrics) -> tuple[Settings, Certificates]:
+    """Do what any replica may do: ask for its rights, and make the certificates if there are none (see load_certificates).
+
+    The settings returned name the namespaces that are there to be served.
+    """
     client = await KubeClient.connect(may_write=lambda: True, on_answer=metrics.api.record)
     try:
-        await check_access(client, settings)
-        return await load_certificates(client, settings, _now())
+        served = settings.model_copy(update={"watch_namespaces": await check_access(client, settings)})
+        return served, await load_certificates(client, served, _now())
     finally:
         await client.close()
 

@@ -44,7 +44,7 @@ async def run_operator(settings: Settings) -> None:
             settings=_kopf_settings(),
             standalone=True,
             clusterwide=not settings.watch_namespaces,
-            namespaces=settings.watch_namespaces,
+            namespaces=host.namespaces,
             stop_flag=stop,
         )
     except Exception:
@@ -74,6 +74,9 @@ class _Host:
 
     def __init__(self, settings: Settings, stop: asyncio.Event) -> None:
         self._settings, self._stop = settings, stop
+        self.namespaces = list(
+            settings.watch_namespaces
+        )  # kopf looks at it when ``start`` has found out which of them there are
         self._runtime: Runtime | None = None
         self.failed = False
         self.error: KubeError | None = None
@@ -85,6 +88,7 @@ class _Host:
         except KubeError as error:
             self.error = error
             raise
+        self.namespaces[:] = self._runtime.namespaces
 
     async def stop(self, **_: Any) -> None:
         """Free the runtime."""

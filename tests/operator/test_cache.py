@@ -142,6 +142,15 @@ def test_a_sweep_removes_jobs_too() -> None:
     assert list(cache.jobs()) == []
 
 
+def test_a_sweep_leaves_what_could_not_be_listed() -> None:
+    cache = Cache()
+    cache.observe_job(job(1))
+    cache.observe_pod(pod(1))
+    cache.begin_sweep()
+    assert cache.end_sweep(spared=[KEY[0]]) == set()
+    assert (len(list(cache.jobs())), cache.pod_uids()) == (1, {"pod-1"})
+
+
 def test_what_a_watch_shows_during_a_sweep_survives_it_even_if_the_list_is_older() -> None:
     cache = Cache()
     cache.begin_sweep()

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from finetune_api.contract import ORDER_PATH, REPORT_PATH
-from finetune_operator.kube.api import JOBS, LEASES, PODS, SECRETS
+from finetune_operator.kube.api import JOBS, LEASES, PODS, SECRETS, Resource
+from finetune_operator.kube_object import KubeObject
 from tests.operator.documents import SETTINGS, job_body
 from tests.operator.fake_api import FakeKubeApi
 from tests.operator.http_api import HttpApi
@@ -138,6 +139,25 @@ async def test_a_right_that_is_missing_is_told_and_ends_the_process(scene: Scene
     process = await scene.start("a")
     assert await process.wait() == 1
     assert "the operator's service account may not: get finetunejobs in all namespaces" in scene.log("a")
+
+
+async def test_a_namespace_that_is_no_more_keeps_no_other_from_being_served(scene: Scene) -> None:
+    create = scene.server.api.create
+
+    async def denied_there(resource: Resource, namespace: str | None, body: KubeObject) -> KubeObject:
+        asked = body.get("spec", {}).get("resourceAttributes", {})
+        if asked.get("namespace") == "gone":
+            return {"status": {"allowed": False}}
+        return await create(resource, namespace, body)
+
+    scene.server.api.create = denied_there
+    process = await scene.start("a", watchNamespaces=["gone", "team-a"])
+    await scene.until(lambda: scene.pods() == 2)
+    scene.server.api.store(JOBS, job_body(name="another", uid="bbbbbccc-1"), "ADDED")
+    await scene.until(lambda: scene.pods() == 4)
+    assert process.returncode is None
+    assert "namespace gone is not served: no right in it" in scene.log("a")
+    assert not [path for _, path, _ in scene.server.requests if "/gone/" in path], "kopf watches nothing there either"
 
 
 async def test_every_line_is_an_object_and_no_secret_stands_in_any(scene: Scene) -> None:

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from finetune_api.contract import LEADER_LABEL, ORDER_PATH
-from finetune_operator.kube.api import JOBS, LEASES, PODS
+from finetune_operator.kube.api import JOBS, LEASES, PODS, Resource
 from finetune_operator.kube.client import Answer, KubeClient
 from finetune_operator.kube.errors import Forbidden, KubeError
 from finetune_operator.observability.logs import JsonFormatter
@@ -332,6 +332,38 @@ async def test_a_right_that_is_missing_ends_the_start(scene: Scene) -> None:
     scene.api.create = denied
     with pytest.raises(Forbidden, match=r"update leases/finetune-operator in finetune-system; create leases"):
         await scene.replica("a").starts()
+
+
+async def test_without_a_right_in_any_namespace_the_start_ends_too(scene: Scene) -> None:
+    async def denied(*_: Any) -> Any:
+        return {"status": {"allowed": False}}
+
+    scene.settings = scene.settings.model_copy(update={"watch_namespaces": ("team-a", "team-b")})
+    scene.api.create = denied
+    with pytest.raises(Forbidden, match=r"may not: anything in team-a, team-b; get secrets"):
+        await scene.replica("a").starts()
+
+
+async def test_a_namespace_whose_rights_are_taken_away_stays_as_it_was_known_and_the_others_are_listed(
+    scene: Scene,
+) -> None:
+    scene.settings = scene.settings.model_copy(update={"watch_namespaces": ("team-a", "team-b")})
+    list_all = scene.api.list
+
+    async def no_pods_there(resource: Resource, namespace: str | None = None, **more: Any) -> Any:
+        if resource is PODS and namespace == "team-a":
+            raise Forbidden("pods is forbidden", status=403)
+        return await list_all(resource, namespace, **more)
+
+    first = await scene.replica("a").starts()
+    await scene.until(lambda: len(scene.training_pods) == 2 and not scene.api.events)
+    scene.api.list = no_pods_there
+    scene.api.store(JOBS, job_body(name="another", uid="bbbbbccc-1", namespace="team-b"), "ADDED")
+    scene.api.events.clear()
+    await first.runtime._take_stock()
+    assert len(first.runtime.cache.pods_of(job_body()["metadata"]["uid"])) == 2
+    await scene.until(lambda: len(scene.training_pods) == 4)
+    assert (first.lost, first.dead) == (0, 0)
 
 
 async def test_to_be_chosen_while_stopping_begins_nothing(scene: Scene) -> None:
