@@ -95,6 +95,13 @@ def test_what_a_container_said_before_it_was_started_again_comes_first(job: Stan
     assert finetune(job.kubeconfig, "logs", "sentiment", "--rank", "0").stdout.splitlines()[:2] == ["before", "one"]
 
 
+def test_what_it_said_before_that_may_be_gone(job: StandIn):
+    job.on(PODS, listing(pod("a", 0, restarts=1)))
+    job.on(f"{PODS}/a/log?previous", refusal(400, 'previous terminated container "trainer" in pod "a" not found'))
+    ran = finetune(job.kubeconfig, "logs", "sentiment", "--rank", "0")
+    assert (ran.code, ran.stdout.splitlines()[:1]) == (0, ["one"])
+
+
 def test_a_pod_whose_container_has_not_started_is_told_and_the_others_are_read(job: StandIn):
     job.on(f"{PODS}/a/log", refusal(400, 'container "trainer" in pod "a" is waiting to start: PodInitializing'))
     ran = finetune(job.kubeconfig, "logs", "sentiment")

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import tomllib
@@ -162,10 +163,10 @@ def test_completion_speaks_as_kubectl_wants_it(
 
 
 def on_terminal(kubeconfig: Path | None, *arguments: str, **more: str) -> tuple[int, str]:
-    """Run the program on a terminal of 120 columns, and return its exit code and all that it has printed."""
+    """Run the program on a terminal, of 120 columns if nothing else is said, and return its exit code and all that it has printed."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "finetune_cli.kubectl", *arguments]
-    env = environment(kubeconfig, TERM="xterm-256color", COLUMNS="120", **more)
+    env = environment(kubeconfig, **{"TERM": "xterm-256color", "COLUMNS": "120", **more})
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
     said = b""
@@ -189,6 +190,29 @@ def test_a_terminal_gets_colours_and_a_pipe_or_who_wants_none_does_not(stand_in:
     assert "\x1b[31m" not in shown
     assert "\x1b[3" not in on_terminal(stand_in.kubeconfig, "status", "sentiment", NO_COLOR="1")[1]
     assert "\x1b" not in finetune_alone(stand_in.kubeconfig, "status", "sentiment").stdout
+
+
+def test_a_narrow_terminal_gets_every_digit_and_every_name(stand_in: StandIn):
+    name = "sentiment-of-forty-characters-2024-06-01"
+    far = RUNNING | {"progress": PROGRESS | {"step": 123456, "totalSteps": 1200000}}
+    stand_in.on(JOBS, listing(job_body(far, name=name)))
+    piped = finetune_alone(stand_in.kubeconfig, "get").stdout
+    code, shown = on_terminal(stand_in.kubeconfig, "get", COLUMNS="40")
+    assert code == 0
+    assert re.sub("\x1b\\[[0-9;]*m", "", shown).split() == piped.split()
+    assert name in shown
+    assert "123456" in shown
+
+
+def test_a_narrow_terminal_gets_every_message(stand_in: StandIn):
+    node = "ip-10-0-123-45.eu-central-1.compute.internal"
+    message = "rank 0 ended with exit code 1: ValueError: there is something wrong with the data"
+    attempt = {"generation": 1, "endTime": "2026-01-01T11:00:00Z", "reason": "WorkerFailed"}
+    ended = RUNNING | {"attempts": [attempt | {"message": message, "node": node}]}
+    stand_in.on(f"{JOBS}/sentiment", document(job_body(ended)))
+    shown = on_terminal(stand_in.kubeconfig, "status", "sentiment", COLUMNS="80")[1]
+    assert node in shown
+    assert all(word in shown for word in message.split())
 
 
 def test_who_waits_on_a_terminal_sees_a_bar_and_the_time_that_is_left(stand_in: StandIn):

@@ -11,10 +11,13 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
 WIDE = 10_000
+WRAPPED = 40  # columns of the terminal that text which may be broken gets at least
+GAP = 2  # between two columns
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -37,13 +40,20 @@ def show_json(document: Any) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, wraps: str = "") -> None:
-    """Print a table without frames, as kubectl does. On a terminal the column ``wraps`` takes the room that is left."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=column != wraps, overflow="fold")
-    for row in rows:
-        table.add_row(*map(harmless, row))
-    console().print(table, markup=False, highlight=False)
+    """Print a table without frames, as kubectl does. On a terminal the column ``wraps`` takes the room that is left.
+
+    Where there is none, the terminal breaks the lines: rich would cut names and numbers, and half a number looks like one.
+    """
+    lines = [[harmless(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, cells)) for cells in zip(columns, *lines, strict=True)]
+    table, paper = Table(box=None, pad_edge=False, header_style="bold"), console()
+    for column, width in zip(columns, widths, strict=True):
+        least = min(width, WRAPPED) if column == wraps else width
+        table.add_column(column, no_wrap=column != wraps, overflow="fold", min_width=least)
+    for line in lines:
+        table.add_row(*line)
+    paper.width = max(paper.width, sum(column.min_width or 0 for column in table.columns) + GAP * (len(columns) - 1))
+    paper.print(table, markup=False, highlight=False)
 
 
 def fail(message: str) -> None:

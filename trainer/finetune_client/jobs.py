@@ -185,13 +185,14 @@ class Jobs:
         return sorted(pods, key=lambda pod: (pod.node_rank, pod.created, pod.name))
 
     def log(self, job: Job, pod: Pod, *, follow: bool = False, tail: int | None = None) -> Iterator[Line]:
-        """Yield the lines of a pod, those of its container before the last restart first.
+        """Yield the lines of a pod, those of its container before the last restart first, if the node still has them.
 
         Raises:
             TooEarly: its container has not started yet.
         """
         if pod.restarted and tail is None:
-            yield from self._log(job, pod, {"previous": "true"})
+            with suppress(TooEarly):
+                yield from self._log(job, pod, {"previous": "true"})
         query = ({"follow": "true"} if follow else {}) | ({} if tail is None else {"tailLines": str(tail)})
         yield from self._log(job, pod, query)
 

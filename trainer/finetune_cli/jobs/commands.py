@@ -279,9 +279,11 @@ def _explained(reason: Reason) -> dict[str, str]:
 
 
 def _read(file: str) -> list[Manifest]:
-    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
         return read_manifests(text)
+    except UnicodeDecodeError:
+        raise Refused(f"{file} is not UTF-8 text") from None
     except Refused as error:
         _refuse(error, file)
 
