@@ -24,7 +24,8 @@ PRINTER_COLUMNS: tuple[Schema, ...] = (
     {"name": "Loss", "type": "number", "jsonPath": ".status.progress.loss"},
     {"name": "Nodes", "type": "integer", "jsonPath": ".status.gang.ready", "description": "Members that run"},
     {"name": "Restarts", "type": "integer", "jsonPath": ".status.restarts.total"},
-    {"name": "ETA", "type": "date", "jsonPath": ".status.progress.estimatedCompletionTime", "priority": 1},
+    # A string: of a date the API server prints how long ago it was, and of one to come "<invalid>".
+    {"name": "ETA", "type": "string", "jsonPath": ".status.progress.estimatedCompletionTime", "priority": 1},
     {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
 )
 

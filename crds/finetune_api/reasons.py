@@ -26,6 +26,119 @@ class Group:
     reasons: tuple[Reason, ...]
 
 
+ENDINGS = Group(
+    "Why an incarnation of the gang ended",
+    "In `status.attempts` and `status.restarts`, and in `Failed` when it was the last.",
+    (
+        Reason(
+            "WorkerFailed",
+            "A program ended with an error: an exception, or an exit code without a meaning of its own.",
+            "The gang starts again in its pods and uses a restart. Three times in a row at one step: Failed.",
+            "Read the message, then `kubectl finetune logs --attempt`.",
+        ),
+        Reason(
+            "WorkerKilled",
+            "A worker was ended by a signal that is not the memory limit's.",
+            "The gang starts again in its pods and uses a restart.",
+            "On one node again and again: drain it.",
+        ),
+        Reason(
+            "CollectiveFailed",
+            "A collective between the ranks broke, and no rank said why.",
+            "The gang starts again in its pods and uses a restart.",
+            "If it comes back: look at the network between the nodes.",
+        ),
+        Reason(
+            "OutOfMemory",
+            "A pod reached its memory limit.",
+            "The gang starts again and uses a restart. Twice in a row at one step: Failed.",
+            "A new job with more workers.resources.memory, or a smaller microBatchSize; the message has the `resumeFrom` for it.",
+        ),
+        Reason(
+            "Hang",
+            "All ranks stood still. The stacks of all ranks are in their logs, and the attempt names the rank the others waited for.",
+            "The gang starts again in its pods and uses a restart.",
+            "Read the place in the message, then the stacks. A node that turns up again and again is to be drained.",
+        ),
+        Reason(
+            "PodDeleted",
+            "A pod was deleted before it could save.",
+            "The pod is replaced, and a restart is used.",
+            "If nobody deleted it: the pod's events say who did.",
+        ),
+        Reason(
+            "PodFailed",
+            "A pod ended by itself.",
+            "The pod is replaced, and a restart is used.",
+            "The message has the kubelet's words: a full disk, an eviction.",
+        ),
+        Reason(
+            "NodeLost",
+            "The node is not ready, and the agent on it is silent.",
+            "The pod is replaced on another node or by a spare, and a restart is used. The node is avoided for an hour.",
+        ),
+        Reason(
+            "PodSilent",
+            "A pod's agent fell silent and its gang stands still, while the node is well.",
+            "The pod is replaced on another node or by a spare, and a restart is used. The node is avoided for an hour.",
+            "If it comes back: look at the network between that node and the operator.",
+        ),
+        Reason(
+            "NotStarted",
+            "A pod's agent is heard, and did not start the generation that it was told to within two minutes: most often a process of the one"
+            " before cannot be killed, for it hangs in a driver or a file system.",
+            "The pod is replaced on another node or by a spare, and a restart is used. The node is avoided for an hour.",
+            "Look at the node's kernel log for the driver or the file system; such a process often goes only with a restart of the node.",
+        ),
+        Reason(
+            "DeviceError",
+            "A GPU or the fabric of a node is broken, by what CUDA, NCCL or the driver said.",
+            "The pod is replaced elsewhere, and a restart is used. The node is avoided for an hour.",
+            "Take the node out until its device is well.",
+        ),
+        Reason(
+            "Preempted",
+            "A pod had to go, or was asked to stop, and the workers saved.",
+            "Only that pod is replaced. No restart is used, no step lost.",
+        ),
+        Reason(
+            "Resized",
+            "workers.nodes asks for another number of nodes, and all ranks have saved.",
+            "The next attempt has the new size. No restart is used, no step lost.",
+        ),
+        Reason(
+            "PortInUse",
+            "The port on which the ranks meet was taken meanwhile.",
+            "The gang starts again on another one. No restart is used.",
+        ),
+        Reason(
+            "RolledBack",
+            "The loss jumped, or a number was not finite.",
+            "The gang starts again before it and leaves out the samples that caused it, at most five times. No restart is used.",
+            "Often: a lower learning rate or broken samples. recipe.training.onLossSpike: Ignore trains through jumps.",
+        ),
+        Reason(
+            "WrongWorldSize",
+            "The workers found another number of ranks than the job has.",
+            "The gang starts again and uses a restart.",
+            "Only if it comes back: report it.",
+        ),
+        Reason(
+            "Stale",
+            "The workers found a newer incarnation of the job at its checkpoints, so they must not write.",
+            "The gang starts again above it and uses a restart.",
+            "Only if it comes back: another cluster may run a copy of the job on the same checkpoints.",
+        ),
+        Reason(
+            "StorageUnavailable",
+            "The store stayed away past every retry. Also told by `CheckpointsDelayed`, while training goes on without commits.",
+            "No worker runs, the pods stay, and another incarnation tries after 15 seconds, then ever more slowly, up to every five "
+            "minutes. No restart is used.",
+            "If it stays: ask whoever runs the store, and see whether the pods may reach it.",
+        ),
+    ),
+)
+
 GROUPS: tuple[Group, ...] = (
     Group(
         "All goes well",
@@ -213,118 +326,7 @@ GROUPS: tuple[Group, ...] = (
             ),
         ),
     ),
-    Group(
-        "Why an incarnation of the gang ended",
-        "In `status.attempts` and `status.restarts`, and in `Failed` when it was the last.",
-        (
-            Reason(
-                "WorkerFailed",
-                "A program ended with an error: an exception, or an exit code without a meaning of its own.",
-                "The gang starts again in its pods and uses a restart. Three times in a row at one step: Failed.",
-                "Read the message, then `kubectl finetune logs --attempt`.",
-            ),
-            Reason(
-                "WorkerKilled",
-                "A worker was ended by a signal that is not the memory limit's.",
-                "The gang starts again in its pods and uses a restart.",
-                "On one node again and again: drain it.",
-            ),
-            Reason(
-                "CollectiveFailed",
-                "A collective between the ranks broke, and no rank said why.",
-                "The gang starts again in its pods and uses a restart.",
-                "If it comes back: look at the network between the nodes.",
-            ),
-            Reason(
-                "OutOfMemory",
-                "A pod reached its memory limit.",
-                "The gang starts again and uses a restart. Twice in a row at one step: Failed.",
-                "A new job with more workers.resources.memory, or a smaller microBatchSize; the message has the `resumeFrom` for it.",
-            ),
-            Reason(
-                "Hang",
-                "All ranks stood still. The stacks of all ranks are in their logs, and the attempt names the rank the others waited for.",
-                "The gang starts again in its pods and uses a restart.",
-                "Read the place in the message, then the stacks. A node that turns up again and again is to be drained.",
-            ),
-            Reason(
-                "PodDeleted",
-                "A pod was deleted before it could save.",
-                "The pod is replaced, and a restart is used.",
-                "If nobody deleted it: the pod's events say who did.",
-            ),
-            Reason(
-                "PodFailed",
-                "A pod ended by itself.",
-                "The pod is replaced, and a restart is used.",
-                "The message has the kubelet's words: a full disk, an eviction.",
-            ),
-            Reason(
-                "NodeLost",
-                "The node is not ready, and the agent on it is silent.",
-                "The pod is replaced on another node or by a spare, and a restart is used. The node is avoided for an hour.",
-            ),
-            Reason(
-                "PodSilent",
-                "A pod's agent fell silent and its gang stands still, while the node is well.",
-                "The pod is replaced on another node or by a spare, and a restart is used. The node is avoided for an hour.",
-                "If it comes back: look at the network between that node and the operator.",
-            ),
-            Reason(
-                "NotStarted",
-                "A pod's agent is heard, and did not start the generation that it was told to within two minutes: most often a process of the one"
-                " before cannot be killed, for it hangs in a driver or a file system.",
-                "The pod is replaced on another node or by a spare, and a restart is used. The node is avoided for an hour.",
-                "Look at the node's kernel log for the driver or the file system; such a process often goes only with a restart of the node.",
-            ),
-            Reason(
-                "DeviceError",
-                "A GPU or the fabric of a node is broken, by what CUDA, NCCL or the driver said.",
-                "The pod is replaced elsewhere, and a restart is used. The node is avoided for an hour.",
-                "Take the node out until its device is well.",
-            ),
-            Reason(
-                "Preempted",
-                "A pod had to go, or was asked to stop, and the workers saved.",
-                "Only that pod is replaced. No restart is used, no step lost.",
-            ),
-            Reason(
-                "Resized",
-                "workers.nodes asks for another number of nodes, and all ranks have saved.",
-                "The next attempt has the new size. No restart is used, no step lost.",
-            ),
-            Reason(
-                "PortInUse",
-                "The port on which the ranks meet was taken meanwhile.",
-                "The gang starts again on another one. No restart is used.",
-            ),
-            Reason(
-                "RolledBack",
-                "The loss jumped, or a number was not finite.",
-                "The gang starts again before it and leaves out the samples that caused it, at most five times. No restart is used.",
-                "Often: a lower learning rate or broken samples. recipe.training.onLossSpike: Ignore trains through jumps.",
-            ),
-            Reason(
-                "WrongWorldSize",
-                "The workers found another number of ranks than the job has.",
-                "The gang starts again and uses a restart.",
-                "Only if it comes back: report it.",
-            ),
-            Reason(
-                "Stale",
-                "The workers found a newer incarnation of the job at its checkpoints, so they must not write.",
-                "The gang starts again above it and uses a restart.",
-                "Only if it comes back: another cluster may run a copy of the job on the same checkpoints.",
-            ),
-            Reason(
-                "StorageUnavailable",
-                "The store stayed away past every retry. Also told by `CheckpointsDelayed`, while training goes on without commits.",
-                "No worker runs, the pods stay, and another incarnation tries after 15 seconds, then ever more slowly, up to every five "
-                "minutes. No restart is used.",
-                "If it stays: ask whoever runs the store, and see whether the pods may reach it.",
-            ),
-        ),
-    ),
+    ENDINGS,
     Group(
         "Why a job failed",
         "In `Failed`. Final: a new job goes on where this one ended with `checkpoint.resumeFrom`.",

@@ -300,6 +300,7 @@ def test_nobody_gets_everything() -> None:
         ("image.pullPolicy=Sometimes", ("/image/pullPolicy", "IfNotPresent")),
         ("image.reference=a b", ("/image/reference",)),
         ("profiles.default.gpus=8", ("/profiles/default", "'gpus'", "not allowed")),
+        ("profiles.default.restricted=true", ("/profiles/default/restricted",)),
         ("profiles.Big.image=a", ("/profiles", "'Big'", "not allowed")),
         ("profiles.h100.nodeSelector.pool=h100", ("/profiles/h100", "missing property 'image'")),
         ("profiles.default.sharedMemory=1GB", ("/profiles/default/sharedMemory",)),

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from finetune_api.protocol import Saves
 from finetune_operator.cache import Cache
@@ -87,6 +87,13 @@ def test_a_restart_is_counted_once_by_its_reason_and_its_recovery_timed() -> Non
     goes_on(story, after=1)
     assert story.value("restarts_total", reason="WorkerKilled") == 2
     assert story.recoveries() == (2, 3.5)
+
+
+def test_the_first_restart_for_a_reason_is_an_increase() -> None:
+    """Of a series that appears with it, ``increase()`` would be 0."""
+    told = generate_latest(Metrics().registry).decode()
+    for reason in ("WorkerKilled", "NodeLost", "Hang", "NotStarted"):
+        assert f'finetune_operator_restarts_total{{reason="{reason}"}} 0.0' in told
 
 
 def test_a_start_is_no_recovery() -> None:

@@ -22,6 +22,7 @@ from prometheus_client import (
 )
 from prometheus_client.aiohttp import make_aiohttp_handler
 
+from finetune_api.reasons import ENDINGS
 from finetune_api.status import LostSeconds
 from finetune_operator.observability.api_answers import ApiAnswers
 
@@ -61,6 +62,8 @@ class Metrics:
         self.event_loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop runs timers.", _LAG)
         for outcome in OUTCOMES:
             self.reconciles.labels(outcome)
+        for reason in ENDINGS.reasons:
+            self.restarts.labels(reason.name)
         for kind in LostSeconds.model_fields:
             self.lost_seconds.labels(kind)
 
