@@ -158,7 +158,7 @@ def test_what_a_profile_says_is_in_the_pod() -> None:
     """)
     names = {variable["name"]: variable.get("value") for variable in trainer["env"]}
     assert names["NCCL_SOCKET_IFNAME"] == "eth0"
-    assert "DS_ACCELERATOR" not in names, "there are GPUs"
+    assert names["DS_ACCELERATOR"] == "cuda", "a GPU that is there and does not work is an error"
 
 
 def test_a_pod_that_avoids_nodes_is_kept_away_by_their_names_and_not_spread() -> None:
@@ -224,12 +224,14 @@ def test_each_claim_that_a_recipe_reads_is_mounted_once_and_read_only() -> None:
 
 
 def test_a_script_runs_in_its_own_image_with_its_own_environment_and_its_command_in_a_file() -> None:
-    script = 'script: {command: [python, "train.py; rm -rf /"], image: "mine:1", environment: [{name: MODE, value: fast}, {name: USER, value: me}]}'
+    script = 'script: {command: [python, "train.py; rm -rf /"], image: "mine:1", environment: [{name: MODE, value: "fast$(HOME)$$"}, {name: USER, value: me}]}'
     job = a_job(script, base=SCRIPT)
     trainer = render_pod(job, NewPod(0, 1), administrator())["spec"]["containers"][0]
     assert (trainer["image"], trainer["command"]) == ("mine:1", ["python3", "/finetune/agent.pyz"])
     environment = {variable["name"]: variable.get("value") for variable in trainer["env"]}
-    assert (environment["MODE"], environment["USER"]) == ("fast", "me")
+    assert (environment["MODE"], environment["USER"]) == ("fast$$(HOME)$$$$", "me"), (
+        "a kubelet makes of it what was written"
+    )
     config = json.loads(render_config(job, administrator(), "CA")["data"]["job.json"])
     assert config["command"] == ["python", "train.py; rm -rf /"]
 

@@ -7,22 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer, Gemma3Config, GenerationConfig
 
 from finetune_api.recipe import Columns, Recipe
 from finetune_trainer.data.encoded import Encoded, Example, open_encoded
 from finetune_trainer.data.encoding import encode_data
 from finetune_trainer.errors import BadConfig, BadData, NoPermission
+from finetune_trainer.export import save_around, skeleton
 from finetune_trainer.feed import Feed
+from finetune_trainer.model_files import GENERATION
 from finetune_trainer.models import load_config, load_tokenizer
 from finetune_trainer.object_store import MemoryObjectStore
 from finetune_trainer.preparation import Sources
+from finetune_trainer.ranks import _pick_device
 from finetune_trainer.scratch import UNFINISHED, discard_unfinished, unfinished
 from finetune_trainer.sources import Pinned, PinnedFile, fetch, pin_data
 from finetune_trainer.tasks import Task, task_of
 from finetune_trainer.tasks.task import IGNORED
 from tests.trainer.recipes import classification, language_modelling
-from tests.trainer.tiny_models import WORDS
+from tests.trainer.tiny_models import WORDS, llama_config, save_llama
 
 DATA = "s3://datasets/d.jsonl"
 
@@ -81,6 +85,20 @@ def test_texts_are_joined_and_cut_into_blocks(model_language: Callable[[bytes], 
     data = model_language(b'{"text": "w1 w2 w3 w4 w5"}\n{"text": "w6 w7 w8 w9"}\n')
     assert [words(data[i]) for i in range(len(data))] == ["w1 w2 w3 w4 w5 <eos> w6 w7", "w8 w9 <eos>"]
     assert data.labels is None
+
+
+def test_each_text_begins_as_the_tokenizer_has_it_begin(files: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(files / "llama")
+    tokenizer.bos_token = "[CLS]"
+    rows = b'{"text": "w1 w2"}\n{"text": "w3"}\n'
+    task = task_of(Recipe.model_validate(language_modelling(files, data={"maxTokens": 8})))
+    data = encode(rows, task, tokenizer, tmp_path / "without")
+    assert words(data[0]) == "w1 w2 <eos> w3 <eos>", "it has one and does not use it, as GPT-2's"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", WORDS.index("[CLS]"))]
+    )
+    data = encode(rows, task, tokenizer, tmp_path / "with")
+    assert words(data[0]) == "[CLS] w1 w2 <eos> [CLS] w3 <eos>"
 
 
 def test_a_last_block_without_a_target_is_dropped(model_language: Callable[[bytes], Encoded]) -> None:
@@ -193,7 +211,10 @@ def test_an_ignored_micro_batch_weighs_nothing(
         if task.needs_labels
         else model_language(b'{"text": "w1 w2"}\n')
     )
-    batch = Feed(data, task, 0, torch.device("cpu")).batch(None)
+    feed = Feed(data, task, 0, torch.device("cpu"))
+    batch = feed.batch(None)
+    assert torch.equal(batch.inputs["input_ids"], feed.batch(np.array([0])).inputs["input_ids"]), "whole, with its end"
+    assert set(batch.labels.flatten().tolist()) == {IGNORED}
     shape = (1, 3) if task.needs_labels else (1, 8, len(WORDS))
     logits = torch.randn(shape, requires_grad=True)
     task.loss(logits, batch.labels).backward()
@@ -230,6 +251,40 @@ def test_data_that_changes_while_it_is_fetched_is_refused(tmp_path: Path) -> Non
     with pytest.raises(BadData, match=r"^s3://datasets/d\.jsonl: changed while it was read"):
         fetch(pinned, store, tmp_path)
     assert list((tmp_path / "sources").glob("*/*")) == []
+
+
+def test_a_model_for_more_than_text_is_refused(files: Path, tmp_path: Path) -> None:
+    Gemma3Config().save_pretrained(tmp_path)
+    recipe = Recipe.model_validate(language_modelling(files))
+    tokenizer = load_tokenizer(files / "llama", "s3://m")
+    with pytest.raises(
+        BadConfig, match=r"^s3://m: a gemma3 model is made of several, .*: take the one for text alone$"
+    ):
+        load_config(tmp_path, "s3://m", recipe=recipe, task=task_of(recipe), tokenizer=tokenizer)
+
+
+def test_how_text_is_to_be_generated_is_handed_on(files: Path, tmp_path: Path) -> None:
+    source, made = save_llama(tmp_path / "source"), tmp_path / "made"
+    (source / GENERATION).write_text('{"temperature": 0.7, "do_sample": true, "eos_token_id": [4, 3]}')
+    recipe = Recipe.model_validate(language_modelling(files))
+    bare = skeleton(llama_config(), task_of(recipe), torch.float32)
+    save_around(bare, made, source=source, tokenizer=AutoTokenizer.from_pretrained(source), weights={})
+    handed_on = GenerationConfig.from_pretrained(made)
+    assert (handed_on.temperature, handed_on.eos_token_id) == (0.7, [4, 3])
+
+
+def test_a_gpu_that_was_asked_for_and_does_not_work_is_told_and_not_replaced_by_a_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("No CUDA GPUs are available")
+
+    monkeypatch.setattr(torch.cuda, "init", broken)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(RuntimeError, match="No CUDA GPUs are available"):
+        _pick_device(0)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert _pick_device(0) == torch.device("cpu")
 
 
 def test_a_recipe_that_asks_for_more_tokens_than_the_model_takes(files: Path) -> None:

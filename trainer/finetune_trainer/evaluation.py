@@ -51,7 +51,7 @@ def evaluate(
             if ranks.sum([float(should_stop())])[0] > 0:
                 return None
         piece = None if index is None else pieces[index]
-        batch = feed.batch(piece)
+        batch = feed.batch(piece).to(feed.device)
         logits = engine(**batch.inputs).logits
         loss += float(feed.task.loss(logits, batch.labels))
         targets += 0 if piece is None else feed.task.count_targets(feed.data, piece)

@@ -6,6 +6,7 @@ into the weights they adapt. The upload puts ``config.json`` last: a directory w
 mistaken for one, and a repeated upload replaces every file by the same or a newer one.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetune_trainer.adapters import add_adapter
-from finetune_trainer.model_files import CONFIG
+from finetune_trainer.model_files import CONFIG, GENERATION
 from finetune_trainer.models import DTYPES, gathered
 from finetune_trainer.object_store import ObjectStore
 from finetune_trainer.tasks import Task
@@ -58,13 +59,25 @@ def gather_weights(model: nn.Module, *, keep: bool, alive: Callable[[], None]) -
     return weights
 
 
-def write_model(folder: Path, *, weights: Weights, config: Any, task: Task, tokenizer: Any, card: str) -> None:
-    """Write weights (safetensors, sharded when large), configuration, tokenizer and model card into a folder."""
+def write_model(
+    folder: Path, *, source: Path, weights: Weights, config: Any, task: Task, tokenizer: Any, card: str
+) -> None:
+    """Write weights (safetensors, sharded when large), what stands around them, and the model card into a folder."""
     dtype = next(iter(weights.values())).dtype
     assert dtype in DTYPES.values()
-    skeleton(config, task, dtype).save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    save_around(skeleton(config, task, dtype), folder, source=source, tokenizer=tokenizer, weights=weights)
     (folder / "README.md").write_text(card)
+
+
+def save_around(bare: Any, folder: Path, *, source: Path, tokenizer: Any, weights: Weights) -> None:
+    """Save a skeleton with weights, tokenizer, and how text is to be generated as the model that was trained says it.
+
+    A configuration knows nothing of that any more: sampling and further stop tokens stand in a file of their own.
+    """
+    bare.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    if bare.can_generate() and (source / GENERATION).exists():
+        shutil.copyfile(source / GENERATION, folder / GENERATION)
 
 
 def skeleton(config: Any, task: Task, dtype: torch.dtype) -> Any:

@@ -1,17 +1,17 @@
-"""Hands out micro-batches of encoded examples on the device, and the ignored ones that fill a short deal."""
+"""Hands out micro-batches of encoded examples, and the ignored ones that fill a short deal."""
 
 from dataclasses import dataclass
 
 import torch
 
-from finetune_trainer.data.encoded import Encoded, Example
+from finetune_trainer.data.encoded import Encoded
 from finetune_trainer.data.order import Indices
 from finetune_trainer.tasks import Batch, Task
 
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """Encoded examples, and how this task and model want them."""
+    """Encoded examples, and how this task and model want them; ``device`` is where they are to go."""
 
     data: Encoded
     task: Task
@@ -19,10 +19,9 @@ class Feed:
     device: torch.device
 
     def batch(self, indices: Indices | None) -> Batch:
-        """Return the micro-batch of these examples, or for None the smallest one without a target."""
-        if indices is None:
-            first = self.data[0]
-            stub = Example(first.tokens[:2], first.label)
-            return self.task.collate([stub], padding_id=self.padding_id, ignored=True).to(self.device)
-        examples = [self.data[int(index)] for index in indices]
-        return self.task.collate(examples, padding_id=self.padding_id).to(self.device)
+        """Return the micro-batch of these examples in the host's memory, or for None one without a target.
+
+        That is made of a whole example: some models look for the end-of-text token in each.
+        """
+        examples = [self.data[int(index)] for index in (indices if indices is not None else (0,))]
+        return self.task.collate(examples, padding_id=self.padding_id, ignored=indices is None)

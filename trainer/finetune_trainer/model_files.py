@@ -21,12 +21,13 @@ from finetune_trainer.object_store import ObjectStore
 from finetune_trainer.sources import Pinned, PinnedFile, fetch, pin_folder
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", "model-*.safetensors", INDEX)
 DESCRIPTIONS = (
     CONFIG,
-    "generation_config.json",
+    GENERATION,
     "tokenizer*.json",
     "tokenizer.model",
     "*.spm",

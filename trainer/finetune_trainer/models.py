@@ -66,6 +66,11 @@ def load_config(folder: Path, uri: str, *, recipe: Recipe, task: Task, tokenizer
         raise BadConfig(f"{uri}: its config.json cannot be used: {_first_line(error)}") from None
     if type(config) not in task.model_class._model_mapping:  # noqa: SLF001  no public way to ask
         raise BadConfig(f"{uri}: a {config.model_type} model cannot do {recipe.task.type.value}")
+    if config.get_text_config() is not config:
+        raise BadConfig(
+            f"{uri}: a {config.model_type} model is made of several, for text and for other things, which is not supported: "
+            "take the one for text alone"
+        )
     task.configure(config, tokenizer)
     _require_room(config, uri, recipe, tokenizer)
     return config

@@ -143,7 +143,10 @@ def _attempt(work: Callable[[], T]) -> Outcome[T]:
 
 
 def _pick_device(local_rank: int) -> torch.device:
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+    chosen = os.environ.get("DS_ACCELERATOR")
+    if chosen == "cuda":  # GPUs were asked for
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # raises with what is wrong with the driver or the device, where is_available only says no
+    if chosen == "cpu" or not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks the same question in its own way
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)

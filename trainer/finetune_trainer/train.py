@@ -231,6 +231,7 @@ class Run:
             torch.manual_seed(random_seed("dropout", seed, step, -1 if index is None else index))
             with busy.loading():
                 batch = feed.batch(None if index is None else micro_batches[index])
+            batch = batch.to(feed.device)  # waits for the backward pass before it, and so for peers
             with busy.computing(alone=self.job.recipe.zero.stage < 3):
                 loss = task.loss(engine(**batch.inputs).logits, batch.labels)
             accumulate(engine, loss, targets=targets, ranks=self.ranks.size)
@@ -342,6 +343,7 @@ class Run:
         with unfinished_folder(self.job.scratch) as folder:
             write_model(
                 folder,
+                source=prepared.model_folder,
                 weights=weights,
                 config=prepared.config,
                 task=prepared.task,

@@ -23,6 +23,10 @@ from finetune_operator.views import PodView
 USER_ID = 65532
 GRACE_SECONDS = 60
 RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+CUDA_RESOURCES = (
+    "nvidia.com/",
+    "amd.com/",
+)  # what PyTorch and DeepSpeed call cuda, ROCm too; other devices have names of their own
 INIT_RESOURCES = {"cpu": "100m", "memory": "128Mi"}
 
 
@@ -168,10 +172,14 @@ def _environment(job: FineTuneJob, profile: Profile, script: Script | None) -> l
         "PYTHONUNBUFFERED": "1",
         contract.GRACE_SECONDS: str(GRACE_SECONDS - contract.GRACE_MARGIN_SECONDS),
     }
+    # Else DeepSpeed takes an image with CUDA for a machine with CUDA, and a machine whose CUDA is broken for one without.
     if job.spec.workers.resources.gpus == 0:
-        literal["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes an image with CUDA for a machine with CUDA
+        literal["DS_ACCELERATOR"] = "cpu"
+    elif profile.gpu_resource.startswith(CUDA_RESOURCES):
+        literal["DS_ACCELERATOR"] = "cuda"
     literal |= profile.environment
-    literal |= {variable.name: variable.value for variable in (script.environment if script else ())}
+    own = script.environment if script else ()
+    literal |= {variable.name: variable.value.replace("$", "$$") for variable in own}  # a kubelet expands $(NAME) in it
     fields = {
         contract.POD_NAME: "metadata.name",
         contract.POD_UID: "metadata.uid",

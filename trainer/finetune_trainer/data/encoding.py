@@ -15,7 +15,7 @@ from finetune_trainer.scratch import unfinished
 from finetune_trainer.sources import Pinned, replace_folder
 from finetune_trainer.tasks import Task
 
-FORMAT = 1
+FORMAT = 2
 """Part of the folder's name: raise it when the arrays change."""
 
 ALIVE_EVERY = 2000

@@ -1,7 +1,7 @@
 """Causal language modelling: predict each next token, for fine-tuning on text and for pretraining from scratch.
 
-Texts are tokenised, an end-of-text token follows each, and the stream is cut into blocks of ``max_tokens``, so that no position is padding but
-in the last block. The first token of a block predicts and is not predicted: a block of n tokens has n - 1 targets.
+Texts are tokenised, an end-of-text token follows each, and a beginning-of-text token comes before it if the tokenizer puts one before every
+text. The stream is cut into blocks of ``max_tokens``, so that no position is padding but in the last block. The first token of a block predicts and is not predicted: a block of n tokens has n - 1 targets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,10 +54,10 @@ class CausalLanguageModelling:
             raise BadConfig(
                 "the model's tokenizer has no end-of-text token (eos_token), which CausalLM puts between texts"
             )
-        stream: list[int] = []
+        begins, stream = _beginning(tokenizer), list[int]()
         while batch := list(islice(records, ENCODED_AT_ONCE)):
             for row in tokenizer([record.text for record in batch], add_special_tokens=False)["input_ids"]:
-                stream += [*row, tokenizer.eos_token_id]
+                stream += [*begins, *row, tokenizer.eos_token_id]
             whole = len(stream) - len(stream) % self.max_tokens
             for start in range(0, whole, self.max_tokens):
                 yield _block(stream[start : start + self.max_tokens])
@@ -92,6 +92,12 @@ class CausalLanguageModelling:
         from torchmetrics.classification import MulticlassAccuracy  # 3 s of imports that only an evaluation needs
 
         return MulticlassAccuracy(num_classes=vocabulary, average="micro", ignore_index=IGNORED, validate_args=False)
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """Return the beginning-of-text token if the tokenizer puts it before every text: the model will be used with it."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _block(tokens: list[int]) -> Example:
