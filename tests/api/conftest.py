@@ -12,7 +12,7 @@ from tests.cluster import Cluster
 from tests.cluster.installation import CRDS_RELEASE, ROOT, SYSTEM_NAMESPACE
 
 CHART = ROOT / "charts/finetune-crds"
-CRD = "customresourcedefinition/finetunejobs.finetune.dev"
+CRD = "finetunejobs.finetune.dev"
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def api(cluster: Cluster) -> Iterator[ApiServer]:
     cluster.helm(
         "upgrade", "--install", CRDS_RELEASE, str(CHART), "--namespace", SYSTEM_NAMESPACE, "--create-namespace"
     )
-    cluster.kubectl("wait", "--for", "condition=Established", CRD, "--timeout", "30s")
+    cluster.wait_for_crd(CRD)
     namespace = f"api-{secrets.token_hex(4)}"  # a cluster may outlive a session, and names are free only some time after deletion
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
     server = ApiServer(cluster.kubeconfig, namespace)

@@ -106,7 +106,7 @@ def test_the_prometheus_operators_own_schemas_take_what_is_made(cluster: Cluster
     try:
         for file in files:
             cluster.kubectl("create", "-f", str(file))
-            cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(file))
+            cluster.wait_for_crd(yaml.safe_load(file.read_text())["metadata"]["name"])
         check = ("create", "--dry-run=server", "--validate=strict", "-f", "-")
         for item in made:
             there = item | {"metadata": item["metadata"] | {"namespace": "default"}}

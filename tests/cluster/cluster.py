@@ -217,6 +217,16 @@ class Cluster:
         document: dict[str, Any] = json.loads(self.kubectl("get", kind, name, "--namespace", namespace, "-o", "json"))
         return document
 
+    def wait_for_crd(self, name: str) -> None:
+        """Wait until objects of a kind can be made. Not by ``kubectl wait``, which fails while the CRD has no conditions at all."""
+
+        def looks() -> Iterator[bool]:
+            while True:
+                conditions = self.get("customresourcedefinition", name).get("status", {}).get("conditions") or ()
+                yield any((one["type"], one["status"]) == ("Established", "True") for one in conditions)
+
+        wait_for(f"the CRD {name} is established", looks(), 30)
+
     def apply(self, manifest: str | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Server-side apply of YAML text, of one object or of several."""
         documents = [manifest] if isinstance(manifest, Mapping) else manifest
