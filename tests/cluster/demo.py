@@ -43,6 +43,7 @@ class Target:
     endpoint: str
     credentials: tuple[str, str]
     folder: Path
+    computes_bf16: bool = False
 
     def run(self, *command: str, input: str | None = None) -> str:
         """Run a program of the demo; its output is shown when it fails."""
@@ -105,6 +106,7 @@ def _this_machine() -> Target:
         endpoint=cluster.s3.endpoint,
         credentials=(cluster.s3.access_key, cluster.s3.secret_key),
         folder=cluster.directory,
+        computes_bf16=not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split()),
     )
 
 
@@ -161,8 +163,10 @@ def _prepare(target: Target) -> str:
 
 
 def _submit(target: Target) -> None:
-    """Apply the example as it stands, but for the store's address."""
+    """Apply the example as it stands, but for the store's address, and BF16 on a machine that computes it."""
     manifest = re.sub(r"endpoint: \S+", f"endpoint: {target.endpoint}", (EXAMPLE / "job.yaml").read_text())
+    if target.computes_bf16:
+        manifest = manifest.replace("precision: FP32", "precision: BF16")
     target.run("kubectl", "delete", "ftj", JOB, "-n", NAMESPACE, "--ignore-not-found", "--wait")
     print(f"\nkubectl apply -f examples/sentiment/job.yaml -n {NAMESPACE}")
     print(target.run("kubectl", "apply", "-n", NAMESPACE, "-f", "-", input=manifest).strip(), flush=True)

@@ -6,8 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from finetune_api.recipe import Recipe
-from finetune_trainer.optimization import NotFinite, deepspeed_config, learning_rate, parameter_groups, require_finite
+from finetune_api.recipe import Precision, Recipe
+from finetune_trainer.optimization import (
+    NotFinite,
+    deepspeed_config,
+    is_emulated,
+    learning_rate,
+    parameter_groups,
+    require_finite,
+)
 from tests.trainer.recipes import classification
 
 SCHEDULES = {
@@ -73,3 +80,19 @@ def test_numbers_that_are_none_end_training(value: float) -> None:
     with pytest.raises(NotFinite, match=f"^the loss of step 7 is {value}$"):
         require_finite("loss", value, 7)
     require_finite("loss", float(torch.tensor(1.0)), 7)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "native", "emulated"),
+    [
+        (Precision.BF16, "cpu", False, True),
+        (Precision.BF16, "cpu", True, False),
+        (Precision.FP32, "cpu", False, False),
+        (Precision.BF16, "cuda", False, False),
+    ],
+)
+def test_a_precision_that_the_processor_does_not_compute_is_known(
+    precision: Precision, device: str, native: bool, emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    assert is_emulated(precision, torch.device(device)) == emulated

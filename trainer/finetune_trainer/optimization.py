@@ -64,6 +64,13 @@ def require_precision(precision: Precision) -> None:
         raise BadConfig("recipe.training.precision: FP16 is not supported by this pod's device; use BF16 or FP32")
 
 
+def is_emulated(precision: Precision, device: torch.device) -> bool:
+    """Tell whether a device computes in a precision only by way of another one, twenty times as slowly or worse."""
+    return (
+        device.type == "cpu" and precision == Precision.BF16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001  no other way to ask
+    )
+
+
 def build_engine(model: nn.Module, recipe: Recipe, config: dict[str, Any]) -> Any:
     """Return DeepSpeed's engine around the model."""
     groups = parameter_groups(model, recipe.training.optimizer.weight_decay)

@@ -32,7 +32,15 @@ from finetune_trainer.export import gather_weights, upload_model, write_model
 from finetune_trainer.export_planning import write_export_plan
 from finetune_trainer.job import Job
 from finetune_trainer.model_card import render_model_card
-from finetune_trainer.optimization import OVERFLOWS_LIMIT, NotFinite, accumulate, learning_rate, require_finite, update
+from finetune_trainer.optimization import (
+    OVERFLOWS_LIMIT,
+    NotFinite,
+    accumulate,
+    is_emulated,
+    learning_rate,
+    require_finite,
+    update,
+)
 from finetune_trainer.preparation import Prepared, prepare
 from finetune_trainer.progress import Reporter
 from finetune_trainer.ranks import Ranks
@@ -60,6 +68,11 @@ def train(job: Job, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> None
         TrainingError: for every known reason to end earlier, on all ranks the same.
     """
     reporter.phase(Phase.INITIALIZING)
+    precision = job.recipe.training.precision
+    if is_emulated(precision, ranks.device):
+        reporter.say(
+            f"this pod's processor only emulates {precision.value}: training.precision FP32 is many times faster on it"
+        )
     run = Run(job, ranks, reporter, stop, prepare(job, ranks, reporter.alive))
     write_export_plan(job, ranks, run.prepared, reporter.alive)
     run.resume()
