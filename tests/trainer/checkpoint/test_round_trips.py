@@ -189,4 +189,7 @@ def test_ranks_that_were_told_of_different_sources_take_that_of_rank_0(saved, re
     """``resumeFrom`` was edited, and one of two pods made anew."""
     for before, after in zip(saved, resumed, strict=True):
         assert (after["told apart"]["source"], after["told apart"]["position"]) == ("OtherJob", POSITION)
-        assert after["told apart"]["losses"] == before[FALLS_BACK]["losses"][SAVE_AT:]
+        first, *_ = after["told apart"]["losses"]
+        assert first == before[FALLS_BACK]["losses"][SAVE_AT], (
+            "its weights; its optimizer's settings are not taken over"
+        )
