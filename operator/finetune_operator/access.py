@@ -44,26 +44,10 @@ async def check_access(api: KubeApi, settings: Settings) -> tuple[str, ...]:
     Raises:
         Forbidden: a right is missing; every one is named.
     """
-    served, missing = [], []
-    for namespace in settings.watch_namespaces or ("",):
-        questions = [
-            _question(resource, verb, namespace, subresource=subresource)
-            for resource, subresource, verbs in NEEDED
-            for verb in verbs
-        ]
-        lacks = await _lacking(api, questions)
-        if len(lacks) < len(questions):
-            served.append(namespace)
-        elif settings.watch_namespaces:
-            logger.error(
-                "namespace %s is not served: no right in it; if it is no more, take it out of watchNamespaces",
-                namespace,
-            )
-            lacks = []
-        missing += lacks
-    if not served:
-        missing += [f"anything in {', '.join(settings.watch_namespaces)}"] if settings.watch_namespaces else []
-    missing += await _lacking(
+    wanted = settings.watch_namespaces
+    lacking = {namespace: await _lacking(api, _questions(namespace)) for namespace in wanted or ("",)}
+    served = [one for one, lacks in lacking.items() if len(lacks) < len(_questions(one))]
+    at_home = await _lacking(
         api,
         [
             _question(resource, verb, settings.namespace, name="" if suffix is None else settings.service + suffix)
@@ -71,9 +55,22 @@ async def check_access(api: KubeApi, settings: Settings) -> tuple[str, ...]:
             for verb in verbs
         ],
     )
+    missing = [right for one in served or lacking for right in lacking[one]] + at_home
     if missing:
         raise Forbidden(f"the operator's service account may not: {'; '.join(missing)}", status=403)
-    return tuple(served) if settings.watch_namespaces else ()
+    for one in lacking.keys() - served:
+        logger.error(
+            "namespace %s is not served: no right in it; if it is no more, take it out of watchNamespaces", one
+        )
+    return tuple(one for one in wanted if one in served)
+
+
+def _questions(namespace: str) -> list[dict[str, str]]:
+    return [
+        _question(resource, verb, namespace, subresource=subresource)
+        for resource, subresource, verbs in NEEDED
+        for verb in verbs
+    ]
 
 
 async def _lacking(api: KubeApi, questions: Sequence[dict[str, str]]) -> list[str]:

@@ -23,7 +23,7 @@ from finetune_operator.observability.history import History
 from finetune_operator.plan.admission import find_problem
 from finetune_operator.plan.giving_way import QUOTA, Turn, is_waiting, turn_of
 from finetune_operator.plan.lifecycle import plan_job
-from finetune_operator.plan.observation import NewPod, Observation, Problem
+from finetune_operator.plan.observation import NewPod, Observation, Problem, soonest
 from finetune_operator.plan.shape import in_shape
 from finetune_operator.render.config import render_config
 from finetune_operator.render.network import render_network_policy
@@ -99,7 +99,7 @@ class Reconciler:
             self._obstacles[uid] = obstacle
             is_known = observed.obstacle is not None and observed.obstacle.reason == obstacle.reason
             again = OBSTACLE_SECONDS if is_known else 0.0  # tell it in status now
-        return min((s for s in (again, plan.look_again_seconds) if s is not None), default=None)
+        return soonest(again, plan.look_again_seconds)
 
     def forget(self, job_uid: str) -> None:
         """Drop what is remembered of a job that is gone."""

@@ -224,14 +224,17 @@ async def test_a_refusal_is_no_reason_to_stop_trying(server, pod, status):
     await wait_for(lambda: len(server.refusals) >= 2)
     server.refuse_with = 0
     await server.until(lambda: pod.report.state is AgentState.RUNNING)
+    assert (pod.report.generation, set(server.refusals)) == (1, {status})
 
 
 async def test_a_rotated_token_is_used_at_once(server, pod):
     pod.token_file.write_text("second-token")
     server.tokens = {"second-token"}
+    refused = len(server.refusals)
     pod.script(0)
     await pod.run(1)
     await server.until(lambda: pod.report.state is AgentState.SUCCEEDED)
+    assert len(server.refusals) == refused, "the old one was not tried again"
 
 
 async def test_a_server_with_another_ca_or_name_is_not_spoken_to_until_the_bundle_says_so(server, pod, tmp_path):

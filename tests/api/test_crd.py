@@ -124,17 +124,17 @@ def test_kubectl_explains(api: ApiServer, cluster: Cluster, path: str) -> None:
 def test_kubectl_shows_what_people_look_for(api: ApiServer, cluster: Cluster) -> None:
     job = api.create(script_job("columns"))
     try:
-        api.merge(job, {"status": STATUS}, subresource="status")
-        rows = cluster.kubectl("get", "ftj", "columns", "--namespace", api.namespace).splitlines()
-        header, row = (line.split() for line in rows)
-        wide = (
-            cluster.kubectl("get", "ftj", "columns", "--namespace", api.namespace, "-o", "wide").splitlines()[0].split()
-        )
+        progress = STATUS["progress"] | {"estimatedCompletionTime": "2999-01-01T00:00:00Z"}
+        api.merge(job, {"status": STATUS | {"progress": progress}}, subresource="status")
+        get = ("get", "ftj", "columns", "--namespace", api.namespace)
+        header, row = (line.split() for line in cluster.kubectl(*get).splitlines())
+        wide, wide_row = (line.split() for line in cluster.kubectl(*get, "-o", "wide").splitlines())
     finally:
         api.delete(job)
     assert header == [name.upper() for name in _columns(priority=0)]
     assert row[:7] == ["columns", "Succeeded", "36", "120", "0.61", "2", "1"]
     assert wide == [name.upper() for name in _columns(priority=1)]
+    assert wide_row[wide.index("ETA")] == "2999-01-01T00:00:00Z"
 
 
 def test_jobs_are_found_by_phase_and_by_category(api: ApiServer, cluster: Cluster) -> None:

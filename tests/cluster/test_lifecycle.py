@@ -90,6 +90,8 @@ def test_a_job_that_is_deleted_while_no_operator_runs_goes_with_all_its_pods(ope
     try:
         job.delete()
         job.wait_for_pods_to_go(120)
+        left = operator.kubectl("get", "ftj,pods,configmaps", "--namespace", namespace, "-o", "name")
+        assert "orphan" not in left, left
     finally:
         scale(operator, replicas)
 

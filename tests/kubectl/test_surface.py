@@ -113,6 +113,13 @@ def test_a_manifest_is_checked_without_a_cluster_and_its_faults_are_lines_that_e
     assert expected in ran.stderr
 
 
+def test_a_file_that_is_no_text_is_an_error_in_a_line(tmp_path: Path):
+    file = tmp_path / "job.yaml"
+    file.write_text("kind: FineTuneJob", encoding="utf-16")
+    ran = finetune_alone(None, "submit", str(file), "--dry-run", "client")
+    assert (ran.code, ran.stderr) == (1, f"error: {file} is not UTF-8 text\n")
+
+
 def test_stdin_is_a_file_too():
     ran = finetune_alone(None, "submit", "-", "--dry-run=client", stdin="kind: Pod\n")
     assert ran.code == 1

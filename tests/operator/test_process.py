@@ -193,3 +193,4 @@ async def test_every_line_is_an_object_and_no_secret_stands_in_any(scene: Scene)
 async def test_plain_text_is_an_option(scene: Scene) -> None:
     await scene.start("a", logging={"format": "Text"})
     await scene.until(lambda: "INFO finetune_operator.runtime standing by" in scene.log("a"))
+    assert not [line for line in scene.log("a").splitlines() if line.startswith("{")]

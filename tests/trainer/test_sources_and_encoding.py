@@ -171,6 +171,15 @@ def test_whatever_arrives_lies_where_it_can_be_discarded(tmp_path: Path) -> None
     assert places[0].parent == tmp_path / UNFINISHED
 
 
+def test_a_batch_is_made_on_the_host_and_goes_to_the_device_when_it_is_told(
+    files: Path, classify: Callable[[bytes], Encoded]
+) -> None:
+    """Copying to a GPU waits for what it computes, and so for peers: it must not count as loading."""
+    task = task_of(Recipe.model_validate(classification(files)))
+    feed = Feed(classify(b'{"text": "fine", "label": "neutral"}\n'), task, 0, torch.device("meta"))
+    assert feed.batch(np.array([0])).labels.device == torch.device("cpu")
+
+
 def test_what_is_encoded_is_found_again(classify: Callable[[bytes], Encoded], tmp_path: Path) -> None:
     rows = b'{"text": "fine", "label": "positive"}\n'
     classify(rows)

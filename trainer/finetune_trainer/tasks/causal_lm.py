@@ -1,7 +1,8 @@
 """Causal language modelling: predict each next token, for fine-tuning on text and for pretraining from scratch.
 
 Texts are tokenised, an end-of-text token follows each, and a beginning-of-text token comes before it if the tokenizer puts one before every
-text. The stream is cut into blocks of ``max_tokens``, so that no position is padding but in the last block. The first token of a block predicts and is not predicted: a block of n tokens has n - 1 targets.
+text. The stream is cut into blocks of ``max_tokens``, so that no position is padding but in the last block. The first token of a block
+predicts and is not predicted: a block of n tokens has n - 1 targets.
 """
 
 from collections.abc import Iterator, Sequence
