@@ -14,7 +14,7 @@ from finetune_api.recipe import Columns, Recipe
 from finetune_trainer.data.encoded import Encoded, Example, open_encoded
 from finetune_trainer.data.encoding import encode_data
 from finetune_trainer.errors import BadConfig, BadData, NoPermission
-from finetune_trainer.export import save_around, skeleton
+from finetune_trainer.export import save_model, skeleton
 from finetune_trainer.feed import Feed
 from finetune_trainer.model_files import GENERATION
 from finetune_trainer.models import load_config, load_tokenizer
@@ -277,7 +277,7 @@ def test_how_text_is_to_be_generated_is_handed_on(files: Path, tmp_path: Path) -
     (source / GENERATION).write_text('{"temperature": 0.7, "do_sample": true, "eos_token_id": [4, 3]}')
     recipe = Recipe.model_validate(language_modelling(files))
     bare = skeleton(llama_config(), task_of(recipe), torch.float32)
-    save_around(bare, made, source=source, tokenizer=AutoTokenizer.from_pretrained(source), weights={})
+    save_model(bare, made, source=source, tokenizer=AutoTokenizer.from_pretrained(source), weights={})
     handed_on = GenerationConfig.from_pretrained(made)
     assert (handed_on.temperature, handed_on.eos_token_id) == (0.7, [4, 3])
 

@@ -65,11 +65,11 @@ def write_model(
     """Write weights (safetensors, sharded when large), what stands around them, and the model card into a folder."""
     dtype = next(iter(weights.values())).dtype
     assert dtype in DTYPES.values()
-    save_around(skeleton(config, task, dtype), folder, source=source, tokenizer=tokenizer, weights=weights)
+    save_model(skeleton(config, task, dtype), folder, source=source, tokenizer=tokenizer, weights=weights)
     (folder / "README.md").write_text(card)
 
 
-def save_around(bare: Any, folder: Path, *, source: Path, tokenizer: Any, weights: Weights) -> None:
+def save_model(bare: Any, folder: Path, *, source: Path, tokenizer: Any, weights: Weights) -> None:
     """Save a skeleton with weights, tokenizer, and how text is to be generated as the model that was trained says it.
 
     A configuration knows nothing of that any more: sampling and further stop tokens stand in a file of their own.

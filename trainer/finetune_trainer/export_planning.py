@@ -26,7 +26,7 @@ from finetune_trainer.checkpoint.commit import create
 from finetune_trainer.checkpoint.deepspeed_state import share
 from finetune_trainer.checkpoint.lost_bucket import gone_is_lost
 from finetune_trainer.errors import Stale
-from finetune_trainer.export import Piece, pieces, plain_name, save_around, skeleton
+from finetune_trainer.export import Piece, pieces, plain_name, save_model, skeleton
 from finetune_trainer.export_plan import (
     PLAN_KEY,
     Adapted,
@@ -218,7 +218,7 @@ def _write(
     bare = skeleton(config, prepared.task, DTYPES[job.recipe.training.precision])
     saved = _as_saved(bare, weights)
     around = constants.parent / "files"
-    save_around(bare, around, source=prepared.model_folder, tokenizer=prepared.tokenizer, weights={})
+    save_model(bare, around, source=prepared.model_folder, tokenizer=prepared.tokenizer, weights={})
     used = any(isinstance(stem, Constant) for weight in weights for stem in _stems(weight))
     plan = ExportPlan(
         lineage=lineage_of(

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,25 +59,23 @@ class Gang:
         self.kill_all()
 
     def kill_all(self) -> None:
-        """Kill what is alive, and return when it is dead."""
-        for rank in range(len(self.pids)):
-            self.kill(rank)
+        """Kill what is alive, and return when it is dead. A rank may still fail by itself, of a peer that died just before."""
+        self.kill(*range(len(self.pids)))
         self.wait()
 
-    def kill(self, rank: int) -> None:
-        """Kill a rank, and return when it is dead."""
-        pid = self.pids[rank]
-        try:
-            process = os.pidfd_open(pid)
-        except (ProcessLookupError, FileNotFoundError):  # the latter while the kernel takes it apart
-            return
-        try:
-            signal.pidfd_send_signal(process, signal.SIGKILL)
-            assert select.select([process], [], [], PATIENCE_SECONDS)[0], f"process {pid} does not die"
-        except ProcessLookupError:
-            pass
-        finally:
-            os.close(process)
+    def kill(self, *ranks: int) -> None:
+        """Kill ranks at once, and return when they are dead."""
+        with ExitStack() as opened:
+            processes = []
+            for pid in (self.pids[rank] for rank in ranks):
+                with suppress(ProcessLookupError, FileNotFoundError):  # the latter while the kernel takes it apart
+                    processes.append(os.pidfd_open(pid))
+                    opened.callback(os.close, processes[-1])
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+            for process in processes:
+                assert select.select([process], [], [], PATIENCE_SECONDS)[0], "a rank does not die"
 
     def send(self, number: signal.Signals, ranks: tuple[int, ...]) -> None:
         """Stop or continue ranks."""

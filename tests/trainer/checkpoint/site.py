@@ -140,5 +140,5 @@ def leave_a_commit_and_a_save_under_way(site: Site) -> Remains:
 
         proxy.before = die
         gang = site.start(proxy, prefix, 1, pod, saves=[2, 3], until=3)
-        assert gang.wait() == [-9, -9], gang.story()
+        assert 0 not in gang.wait(), gang.story()
     return Remains(prefix, pod)
