@@ -84,6 +84,13 @@ ENDINGS = Group(
             "If it comes back: look at the network between that node and the operator.",
         ),
         Reason(
+            "PodNeverHeard",
+            "A pod's agent was never heard, while others are: it cannot reach the operator from its node, or the node cannot set up its network"
+            " or its volumes.",
+            "The pod is replaced on another node. No restart is used. The node is avoided for an hour.",
+            "Look at the network of pods on that node (its CNI, its DNS, its way to the operator's service) and at the events of the pod.",
+        ),
+        Reason(
             "NotStarted",
             "A pod's agent is heard, and did not start the generation that it was told to within two minutes: most often a process of the one"
             " before cannot be killed, for it hangs in a driver or a file system.",

@@ -17,6 +17,7 @@ class ContainerView:
     waiting_reason: str = ""
     waiting_message: str = ""
     running: bool = False
+    started: str = ""  # when it began to run, by its node's clock
     exit_code: int | None = None
     exit_reason: str = ""
     exit_message: str = ""
@@ -49,6 +50,7 @@ class PodView:
     disruption: str = ""
     memory_limit: str = ""  # of its trainer
     node_lost: bool = False  # its node is not ready
+    no_sandbox_since: str = ""  # when its kubelet took it up, while its network and volumes are not there yet
     containers: tuple[ContainerView, ...] = ()
     agent_image: str = ""
     trainer_image: str = ""
@@ -70,6 +72,11 @@ class PodView:
     def trains(self) -> bool:
         """Whether its trainer container runs, so that its images are good."""
         return self.usable and any(one.name == contract.TRAINER_CONTAINER and one.running for one in self.containers)
+
+    @property
+    def trainer_started(self) -> str:
+        """When its trainer container, which is the agent's, began to run; empty while it does not."""
+        return next((one.started for one in self.containers if one.name == contract.TRAINER_CONTAINER), "")
 
     @property
     def has_trained(self) -> bool:
@@ -114,6 +121,7 @@ def pod_view(body: Mapping[str, Any]) -> PodView | None:
         disruption=conditions.get("DisruptionTarget", {}).get("reason", ""),
         memory_limit=_memory_limit(spec),
         node_lost=_is_marked_not_ready(conditions),
+        no_sandbox_since=_no_sandbox_since(conditions),
         containers=(
             *(_container(item, is_init=True) for item in status.get("initContainerStatuses", ())),
             *(_container(item, is_init=False) for item in status.get("containerStatuses", ())),
@@ -143,6 +151,12 @@ def _is_marked_not_ready(conditions: Mapping[str, Mapping[str, Any]]) -> bool:
     return ready.get("status") == "False" and not ready.get("reason") and containers.get("status") == "True"
 
 
+def _no_sandbox_since(conditions: Mapping[str, Mapping[str, Any]]) -> str:
+    """Images are pulled behind that, so they do not count (``PodReadyToStartContainers``, on by default since 1.29)."""
+    sandbox = conditions.get("PodReadyToStartContainers", {})
+    return (sandbox.get("lastTransitionTime") or "") if sandbox.get("status") == "False" else ""
+
+
 def _image(containers: Iterable[Mapping[str, Any]], name: str) -> str:
     """Return a container's image; the same text for all pods, which are many."""
     return sys.intern(next((one.get("image", "") for one in containers if one["name"] == name), ""))
@@ -157,6 +171,7 @@ def _container(item: Mapping[str, Any], *, is_init: bool) -> ContainerView:
         waiting_reason=waiting.get("reason", ""),
         waiting_message=waiting.get("message", ""),
         running="running" in state,
+        started=state.get("running", {}).get("startedAt") or "",
         exit_code=ended.get("exitCode"),
         exit_reason=ended.get("reason", ""),
         exit_message=ended.get("message", ""),

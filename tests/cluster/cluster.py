@@ -289,14 +289,16 @@ class Cluster:
     def fast_node(self, name: str) -> None:
         self.network.fast(self.node(name).index)
 
-    def drop_forwarded(self, port: int) -> None:
-        """Nobody reaches a pod at this TCP port any more; open connections fall silent too."""
+    def drop_forwarded(self, port: int, *names: str) -> None:
+        """Nobody reaches a pod at this TCP port any more, from these nodes (all by default); open connections fall silent too."""
         for node in self.nodes():
-            self.network.drop_forwarded(node.index, port)
+            if not names or node.name in names:
+                self.network.drop_forwarded(node.index, port)
 
-    def forward_again(self, port: int) -> None:
+    def forward_again(self, port: int, *names: str) -> None:
         for node in self.nodes():
-            self.network.forward_again(node.index, port)
+            if not names or node.name in names:
+                self.network.forward_again(node.index, port)
 
     @contextmanager
     def without_apiserver(self, namespace: str, pod: str) -> Iterator[None]:

@@ -61,9 +61,7 @@ class Node:
         return run(["ctr", "--address", str(self.socket), "--namespace", "k8s.io", *arguments])
 
     def _start_containerd(self) -> None:
-        cni = self.directory / "cni"
-        cni.mkdir(parents=True, exist_ok=True)
-        (cni / "10-pods.conflist").write_text(json.dumps(self._cni_configuration()))
+        self.mend_network_of_new_pods()
         file = self.directory / "containerd.toml"
         file.write_text(
             containerd_configuration(self.containerd_root, self.sockets / self.name, self.socket)
@@ -76,7 +74,7 @@ class Node:
   sandbox_image = "{PAUSE_IMAGE}"
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
-    conf_dir = "{cni}"
+    conf_dir = "{self.directory / "cni"}"
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "overlayfs"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
@@ -95,10 +93,22 @@ class Node:
         while True:
             yield log.exists() and "Start streaming server" in log.read_text(errors="replace")
 
-    def _cni_configuration(self) -> dict[str, object]:
+    def break_network_of_new_pods(self) -> None:
+        """No pod that starts here gets an address any more; those that run keep theirs. The kubelet calls its node well."""
+        self._configure_network(ipam=Path("/dev/null/ipam"))
+
+    def mend_network_of_new_pods(self) -> None:
+        self._configure_network(ipam=self.directory / "ipam")
+
+    def _configure_network(self, ipam: Path) -> None:
+        file = self.directory / "cni" / "10-pods.conflist"  # containerd looks at it again when it changes
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(self._cni_configuration(ipam)))
+
+    def _cni_configuration(self, ipam: Path) -> dict[str, object]:
         """`ptp` and not `bridge`: all traffic is routed, so that a pod reaches a Service whose backend is on its own node
         (bridged answers would bypass the address translation without the br_netfilter module)."""
-        addresses = {"type": "host-local", "dataDir": str(self.directory / "ipam")}
+        addresses = {"type": "host-local", "dataDir": str(ipam)}
         ranges = {"ranges": [[{"subnet": str(pod_network(self.index))}]], "routes": [{"dst": "0.0.0.0/0"}]}
         pods = {"type": "ptp", "ipMasq": False, "ipam": {**addresses, **ranges}}
         return {

@@ -21,6 +21,7 @@ from tests.cluster.jobs import Job, submit
 from tests.cluster.training_inputs import script_spec
 
 AWAY_SECONDS = 60
+OPERATOR_PORT = 9443  # of its job server
 
 # Trains in step with its peers, as far as a gang is concerned: a step is a collective, and is told to the agent. Ends when one has seen the file.
 IN_STEP = """
@@ -201,6 +202,49 @@ def test_an_agent_that_is_silent_while_its_gang_goes_on_is_told_as_unknown(opera
 
 
 @contextmanager
+def no_way_to_the_operator(cluster: Cluster, node: str) -> Iterator[str]:
+    cluster.drop_forwarded(OPERATOR_PORT, node)
+    try:
+        yield "its agent was never heard"
+    finally:
+        cluster.forward_again(OPERATOR_PORT, node)
+
+
+@contextmanager
+def no_network_for_new_pods(cluster: Cluster, node: str) -> Iterator[str]:
+    cluster.node(node).break_network_of_new_pods()
+    try:
+        yield "has neither network nor volumes"
+    finally:
+        cluster.node(node).mend_network_of_new_pods()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("broken", [no_way_to_the_operator, no_network_for_new_pods])
+def test_a_pod_that_its_node_keeps_from_the_operator_is_made_elsewhere(
+    three_nodes: Cluster, namespace: str, broken: Callable[[Cluster, str], Any]
+) -> None:
+    operators = json.loads(three_nodes.kubectl("get", "pods", "-n", SYSTEM_NAMESPACE, "-o", "json"))["items"]
+    node = ({one.name for one in three_nodes.nodes()} - {pod["spec"]["nodeName"] for pod in operators}).pop()
+    spec = script_spec(three_nodes, IN_STEP)
+    spec["workers"] |= {"nodes": 3, "resources": {"cpu": "500m", "memory": "1Gi"}}
+    with broken(three_nodes, node) as why:
+        job = submit(three_nodes, namespace, broken.__name__.replace("_", "-"), spec)
+        wait_until(lambda: len(job.pods()) == 3, "its pods are there", 60)
+        wait_until(lambda: all(nodes_of(job).values()), "they have nodes", 60)
+        assert node in nodes_of(job).values(), "the scheduler spreads them"
+        status = job.wait("the gang trains elsewhere", lambda s: s["phase"] == "Running", 420)
+    attempt = status["attempts"][0]
+    assert (attempt["reason"], attempt["node"]) == ("PodNeverHeard", node)
+    assert why in attempt["message"]
+    assert [entry["node"] for entry in status["gang"]["avoidNodes"]] == [node]
+    assert node not in {nodes_of(job)[member["pod"]] for member in status["gang"]["members"]}
+    assert [entry.get("used", 0) for entry in status["restarts"]["byReason"]] == [0]
+    assert finish(job)["gang"]["generation"] == 2
+    job.delete()
+
+
+@contextmanager
 def the_api_server_away(cluster: Cluster) -> Iterator[None]:
     cluster.stop_apiserver()
     try:
@@ -226,11 +270,11 @@ def the_operator_away(cluster: Cluster) -> Iterator[None]:
 @contextmanager
 def the_operator_deaf(cluster: Cluster) -> Iterator[None]:
     """The operator has its API server, and no agent can reach it: what it serves is dropped on every node."""
-    cluster.drop_forwarded(9443)
+    cluster.drop_forwarded(OPERATOR_PORT)
     try:
         yield
     finally:
-        cluster.forward_again(9443)
+        cluster.forward_again(OPERATOR_PORT)
 
 
 @pytest.fixture(scope="module")

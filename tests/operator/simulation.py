@@ -35,7 +35,7 @@ from finetune_operator.kube.api import JOBS, PODS
 from finetune_operator.kube_object import KubeObject
 from finetune_operator.observability.history import History
 from finetune_operator.observability.metrics import Metrics
-from finetune_operator.plan.observation import instant
+from finetune_operator.plan.observation import instant, timestamp
 from finetune_operator.plan.orders import orders_for
 from finetune_operator.reconcile import Reconciler
 from tests.operator import kstatus
@@ -59,6 +59,7 @@ class SimulatedAgent:
     finished: bool = False
     leaving: bool = False
     cut: bool = False  # its node cannot be reached: it runs on, and nobody hears of it
+    mute: bool = False  # it is cut off alone: its node is well, and its kubelet ends it when it is told to
     rank: int = 0
     checkpoint: Checkpoint | None = None
     saves_now: Saves | None = None
@@ -137,6 +138,7 @@ class Cluster:
         self.skew = self.skewed = timedelta()
         self.api.clock = lambda: self.now
         self.agents: dict[str, SimulatedAgent] = {}
+        self.next_is_mute = False  # the next pod that starts
         self.told: defaultdict[int, set[tuple[int, str, int, str, int]]] = defaultdict(set)
         self.started: defaultdict[int, list[str]] = defaultdict(list)
         self.shapes: dict[int, str] = {}  # of a pod that was told to run a generation
@@ -208,12 +210,14 @@ class Cluster:
     def start_pod(self, uid: str) -> None:
         """The kubelet starts a pod, and its agent is there."""
         address = f"10.0.{uid.removeprefix('uid-')}"
-        self.agents[uid] = SimulatedAgent(uid=uid, address=address)
+        mute, self.next_is_mute = self.next_is_mute, False
+        self.agents[uid] = SimulatedAgent(uid=uid, address=address, cut=mute, mute=mute)
+        running = {"startedAt": timestamp(self.now)}
         self.change_pod(
             uid,
             phase="Running",
             podIP=address,
-            containerStatuses=[{"name": "trainer", "state": {"running": {}}, "restartCount": 0}],
+            containerStatuses=[{"name": "trainer", "state": {"running": running}, "restartCount": 0}],
         )
 
     def remove_pod(self, uid: str) -> None:
@@ -240,13 +244,13 @@ class Cluster:
 
     def cut(self, uid: str) -> None:
         """The node of a pod is cut off, and the node lifecycle controller has said so."""
-        self.agents[uid].cut = True
+        self.agents[uid].cut, self.agents[uid].mute = True, False
         ready = {"type": "Ready", "status": "False"}
         self.change_pod(uid, conditions=[ready, {"type": "ContainersReady", "status": "True"}])
 
     def heal(self, uid: str) -> None:
         """The node is back."""
-        self.agents[uid].cut = False
+        self.agents[uid].cut = self.agents[uid].mute = False
         self.change_pod(uid, conditions=[])
 
     # Agents and the job server.
@@ -287,7 +291,7 @@ class Cluster:
         """Start what is to be started, remove what is to be removed."""
         for pod in self.pods():
             uid, phase = pod["metadata"]["uid"], pod["status"].get("phase")
-            if uid in self.agents and self.agents[uid].cut:
+            if uid in self.agents and self.agents[uid].cut and not self.agents[uid].mute:
                 continue
             if "deletionTimestamp" in pod["metadata"]:
                 self.end_pod(uid)

@@ -308,6 +308,20 @@ def test_a_node_that_is_not_ready_shows_in_its_pods(said: list[dict[str, str]], 
     assert view.node_lost == lost
 
 
+def test_when_a_container_began_to_run_and_since_when_a_pod_has_no_sandbox_shows_too() -> None:
+    body, since = pod(1), "2026-01-01T00:00:00Z"
+    sandbox = {"type": "PodReadyToStartContainers", "status": "False", "lastTransitionTime": since}
+    body["status"]["conditions"] = [sandbox]
+    view = pod_view(body)
+    assert view is not None
+    assert (view.no_sandbox_since, view.trainer_started) == (since, "")
+    sandbox["status"] = "True"
+    body["status"]["containerStatuses"] = [{"name": "trainer", "state": {"running": {"startedAt": since}}}]
+    view = pod_view(body)
+    assert view is not None
+    assert (view.no_sandbox_since, view.trainer_started) == ("", since)
+
+
 NODES = {
     "none": ("a b", False),
     "the only one there is": ("a*", False),

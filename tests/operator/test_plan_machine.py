@@ -13,6 +13,7 @@ from finetune_api.protocol import AgentState, Checkpoint, Doing, Saves
 from finetune_operator.kube.api import JOBS, PODS
 from finetune_operator.kube.errors import Conflict, KubeError
 from finetune_operator.plan.shape import shape_of
+from finetune_operator.plan.silence import FIRST_WORD_SECONDS
 from tests.operator.fake_api import Crash
 from tests.operator.simulation import KEY, Cluster
 
@@ -107,6 +108,10 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
         pending = self.pods("Pending")
         self.cluster.start_pod(pending[n % len(pending)])
 
+    @rule()
+    def the_next_pod_will_not_reach_the_operator(self) -> None:
+        self.cluster.next_is_mute = True
+
     @precondition(lambda self: self.cluster.agents)
     @rule(n=pick)
     def an_agent_talks(self, n: int) -> None:
@@ -199,8 +204,8 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
             self.cluster.agents[uid].cut = True
 
     @rule(seconds=st.sampled_from([16, 40]))
-    def a_while_in_which_everybody_does_their_part(self, seconds: int) -> None:
-        for _ in range(0, seconds, 8):
+    def a_while_in_which_everybody_does_their_part(self, seconds: float) -> None:
+        for _ in range(0, int(seconds), 8):
             self.cluster.wait(8)
             self.everybody_does_their_part()
 
@@ -265,8 +270,10 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
     def faults_stop(self) -> None:
         """The job ends within a bounded number of steps, and what it leaves is right. Nodes that are cut off stay so."""
         cluster = self.cluster
+        cluster.next_is_mute = False
         cluster.edit(suspend=False)
         was_over = self.final is not None
+        self.pods_that_are_never_heard_are_given_up()
         for uid in [uid for uid, agent in cluster.agents.items() if agent.cut]:
             cluster.cut(uid)
         for turn in range(20):
@@ -294,6 +301,15 @@ class FaultsInAnyOrder(RuleBasedStateMachine):
             )
         assert cluster.job["metadata"]["uid"] == cluster.job_uid
         assert [body["kind"] for body in cluster.api.bodies(JOBS)] == ["FineTuneJob"]
+
+    def pods_that_are_never_heard_are_given_up(self) -> None:
+        """The operator does so, where it can tell that they are to blame: in time some other pod of the job is heard, or none is left."""
+        if not any(agent.mute for agent in self.cluster.agents.values()):
+            return
+        self.a_while_in_which_everybody_does_their_part(FIRST_WORD_SECONDS + 40)
+        left = [self.cluster.agents[uid] for uid in self.pods("Pending", "Running") if uid in self.cluster.agents]
+        if self.cluster.phase not in ("Succeeded", "Failed") and any(not agent.cut for agent in left):
+            assert not [agent for agent in left if agent.mute]
 
     def nodes_that_are_cut_off_are_given_up(self) -> None:
         """What Kubernetes does after five minutes, and the operator where all nodes are away and it cannot tell who is to blame."""

@@ -10,8 +10,8 @@ from finetune_api.protocol import AgentState, Exit
 from finetune_operator.plan.failure import ECHO_SECONDS
 from finetune_operator.plan.observation import Hearing, NewPod, timestamp
 from finetune_operator.plan.suspects import AVOIDED_AT_MOST
-from tests.operator.documents import SCRIPT
-from tests.operator.story import Story
+from tests.operator.documents import NOON, SCRIPT
+from tests.operator.story import RUNNING, Story
 
 
 def training(nodes: int = 2, spec: str = "", **more: str) -> Story:
@@ -96,6 +96,118 @@ def test_a_pod_that_was_asked_to_go_by_its_dead_node_s_eviction_is_told_as_lost(
     story.passes(15, 0)
     story.go()
     assert (story.generation, story.attempts) == (2, ["NodeLost"])
+
+
+# A pod that runs, and whose agent is never heard.
+
+
+def replacement_runs(story: Story) -> None:
+    """The pod that was made for the lost one of rank 1 runs from now on, and says nothing."""
+    story.change(
+        1, phase="Running", node="node-2", scheduled=True, containers=(replace(RUNNING, started=timestamp(story.now)),)
+    )
+
+
+def with_a_mute_replacement() -> Story:
+    story = training(3)
+    story.passes(30, 0, 2)
+    assert story.generation == 2
+    replacement_runs(story)
+    return story
+
+
+def test_a_replacement_that_never_says_a_word_is_replaced_elsewhere_and_no_restart_is_used() -> None:
+    story = with_a_mute_replacement()
+    story.passes(149, 0, 2)
+    assert (story.generation, story.condition("Ready").reason) == (2, "WaitingForAgent")
+    plan = story.passes(1, 0, 2)
+    assert plan.create == (NewPod(1, 3, ("node-1", "node-2")),)
+    assert [pod.name for pod in plan.delete] == ["sentiment-aaaaa-1-2"]
+    assert story.attempts == ["PodSilent", "PodNeverHeard"]
+    assert story.job.status.attempts[-1].message == (
+        "pod sentiment-aaaaa-1-2 on node node-2 runs since 2026-01-01T12:00:30Z, and its agent was never heard; others are (rank 1)"
+    )
+    by_reason = {entry.reason: (entry.count, entry.used) for entry in story.job.status.restarts.by_reason}
+    assert by_reason == {"PodSilent": (1, 1), "PodNeverHeard": (1, 0)}
+    story.pods_start()
+    story.passes(3, 0, 1, 2)
+    assert [member.pod for member in story.job.status.gang.members][1] == "sentiment-aaaaa-1-3"
+
+
+def test_one_that_its_node_cannot_set_up_is_replaced_elsewhere() -> None:
+    story = training(3)
+    story.passes(30, 0, 2)
+    story.change(1, node="node-2", scheduled=True, no_sandbox_since=timestamp(story.now))
+    story.passes(299, 0, 2)
+    assert (story.generation, story.condition("Ready").reason) == (2, "ContainerCreating")
+    plan = story.passes(1, 0, 2)
+    assert plan.create == (NewPod(1, 3, ("node-1", "node-2")),)
+    assert story.attempts == ["PodSilent", "PodNeverHeard"]
+    assert story.job.status.attempts[-1].message == (
+        "pod sentiment-aaaaa-1-2 on node node-2 has neither network nor volumes since 2026-01-01T12:00:30Z; its events say why (rank 1)"
+    )
+
+
+def test_one_that_speaks_in_time_is_kept() -> None:
+    story = with_a_mute_replacement()
+    story.passes(140, 0, 2)
+    story.pods_start(1)
+    story.passes(60, 0, 1, 2)
+    assert (story.generation, story.attempts) == (2, ["PodSilent"])
+    assert [member.pod for member in story.job.status.gang.members][1] == "sentiment-aaaaa-1-2"
+
+
+def test_a_spare_that_is_never_heard_is_made_again_behind_its_gang() -> None:
+    story = Story("workers: {spares: 1}", nodes=2).trains().listens()
+    story.go()
+    spare = story.pod(2)
+    story.change(2, phase="Running", node="node-2", containers=(replace(RUNNING, started=timestamp(story.now)),))
+    story.passes(149, 0, 1)
+    assert not story.pods[spare.uid].deleting
+    story.passes(11, 0, 1)
+    assert story.pods[spare.uid].deleting
+    assert [pod.name for pod in story.pods.values() if pod.usable and pod.rank >= 2] == ["sentiment-aaaaa-3-1"]
+    assert (story.generation, story.attempts) == (1, [])
+
+
+KEPT = {
+    "while its image is still being pulled": lambda s: (s.change(1, containers=()), s.passes(600, 0, 2)),
+    "where none of the job's agents is heard": lambda s: s.passes(600),
+    "where no agent of any job is heard": lambda s: s.passes(600, others=False),
+    "by a process that has not listened for so long": lambda s: (s.passes(100, 0, 2), s.listens(), s.passes(149, 0, 2)),
+    "where its node's clock is behind": lambda s: (
+        s.change(1, containers=(replace(RUNNING, started=timestamp(NOON)),)),
+        s.passes(149, 0, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", KEPT.values(), ids=KEPT.keys())
+def test_a_pod_that_is_not_heard_is_kept(what) -> None:
+    story = with_a_mute_replacement()
+    what(story)
+    assert (story.generation, story.attempts) == (2, ["PodSilent"])
+
+
+def test_a_job_that_has_never_trained_waits_where_none_of_its_agents_is_heard() -> None:
+    """A NetworkPolicy of its namespace, perhaps: another node would do no better."""
+    for nodes in (1, 2):
+        story = Story(nodes=nodes).listens()
+        story.go()
+        for rank in range(nodes):
+            story.change(rank, phase="Running", node="node-1", containers=(replace(RUNNING, started=timestamp(NOON)),))
+        story.passes(600)
+        assert (story.generation, story.attempts, story.condition("Ready").reason) == (1, [], "WaitingForAgent")
+
+
+def test_the_only_pod_of_a_job_that_has_trained_is_replaced_again_and_again_and_the_job_never_fails_of_it() -> None:
+    story = training(1, "recovery: {maxRestarts: 2}")
+    story.vanish(0)
+    story.go()
+    for _ in range(5):
+        story.change(0, phase="Running", node="node-2", containers=(replace(RUNNING, started=timestamp(story.now)),))
+        story.passes(500)
+    assert (story.phase, story.attempts) == ("Recovering", ["PodDeleted", *["PodNeverHeard"] * 5])
 
 
 # What is no loss.

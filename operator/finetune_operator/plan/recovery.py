@@ -3,8 +3,9 @@
 Every reason has a budget of its own, ``recovery.maxRestarts`` in a window: a job that is moved off bad nodes all day must not run out of
 restarts for it just when a program fails. A checkpoint of a later step than the last failure's makes its budget whole: a job that gets
 further may fail as often as it likes. ``status.restarts.byReason`` holds all that is needed to know what is left, so a new operator process
-knows it too. Failures in a row that come soon and without getting further wait 2, 4, 8 … seconds, whatever the reason. What nobody is to blame for is free. So is going back to
-before numbers that were not finite, which the trainer bounds itself; it is counted.
+knows it too. Failures in a row that come soon and without getting further wait 2, 4, 8 … seconds, whatever the reason. What nobody is to
+blame for is free. Two things are counted and free: going back to before numbers that were not finite, which the trainer bounds itself, and
+giving up a pod whose agent was never heard, for nothing ran in it.
 
 Some failures come back wherever the gang starts from: a program's error three times in a row at the same step, memory twice. They end
 the job before the budget does.
@@ -24,6 +25,7 @@ from finetune_operator.plan.checkpoints import last_step
 from finetune_operator.plan.failure import Failure
 from finetune_operator.plan.observation import Observation, Problem, instant, timestamp
 from finetune_operator.plan.resizing import RESIZED
+from finetune_operator.plan.silence import NEVER_HEARD
 from finetune_operator.render.names import job_prefix
 
 ATTEMPTS_KEPT = 10
@@ -35,7 +37,7 @@ GIVEN_BACK = frozenset({"PendingDeadlineExceeded", "GaveWay"})  # held without p
 HELD = frozenset({"NoPermission", "StorageUnavailable", "CheckpointsLost"}) | GIVEN_BACK
 NEEDS_SOMEBODY = frozenset({"NoPermission", "CheckpointsLost"})  # the store comes back by itself, these do not
 NOBODYS_FAULT = frozenset({"Preempted", "PortInUse", RESIZED}) | HELD  # no restart at all: neither used nor counted
-COUNTED_ONLY = frozenset({"RolledBack"})
+COUNTED_ONLY = frozenset({"RolledBack", NEVER_HEARD})
 TIMES_AT_ONE_STEP = {"WorkerFailed": 3, "OutOfMemory": 2}
 REASONS_KEPT = 32
 

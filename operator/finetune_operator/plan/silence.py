@@ -12,17 +12,25 @@ else explains that:
   is overdue after twice the time of the one before. Of a pod that stands behind the gang its steps say nothing.
 
 Until then the truth is Unknown, and training goes on.
+
+A pod whose agent has never said a word is given up too (``NEVER_HEARD``) when it runs and cannot reach the operator from its node, or when
+its node cannot set it up, if there is reason to believe that another would do better: another pod of the job is heard, or there is no other
+and the job has trained.
 """
+
+from datetime import timedelta
 
 from finetune_api.protocol import AgentState
 from finetune_api.status import Gang, Member
-from finetune_operator.plan.observation import Observation, Problem, timestamp
+from finetune_operator.plan.observation import Observation, Problem, instant, timestamp
 from finetune_operator.views import PodView
 
-NODE_LOST, POD_SILENT = "NodeLost", "PodSilent"
+NODE_LOST, POD_SILENT, NEVER_HEARD = "NodeLost", "PodSilent", "PodNeverHeard"
 LATE_SECONDS = 15.0  # an agent says something every 10 s; a later one is not counted on
 LONGEST_STEP_SECONDS = 150.0  # two of them without an advance are a gang that stands still
 STRANGER_PATIENCE = 1.5  # times silent_seconds
+FIRST_WORD_SECONDS = 150.0  # from the start of its container; on an idle node an agent needs less than one
+SANDBOX_SECONDS = 300.0  # to give a pod its network and volumes; a claim's may have to be detached elsewhere
 GATED_SECONDS = 10.0  # how often one that should be lost by time alone is looked at
 
 
@@ -33,7 +41,9 @@ def find_loss(observed: Observation, gang: Gang, pod: PodView) -> Problem | None
     silent, patience = silent_seconds(observed, pod.uid), _patience(observed, gang, pod)
     if pod.node_lost and not observed.most_nodes_lost and silent >= patience:
         return Problem(NODE_LOST, f"node {pod.node} is not ready, and the agent of pod {pod.name} on it is silent")
-    if silent < max(observed.silent_seconds, patience) or not _was_ever_heard(observed, gang, pod):
+    if not _was_ever_heard(observed, gang, pod):
+        return _find_never_heard(observed, pod)
+    if silent < max(observed.silent_seconds, patience):
         return None
     if is_deaf(observed) or (_is_member(gang, pod) and _peers_advance(observed, gang, pod.uid)):
         return None
@@ -41,6 +51,33 @@ def find_loss(observed: Observation, gang: Gang, pod: PodView) -> Problem | None
     return Problem(
         POD_SILENT, f"the agent of pod {pod.name} on node {pod.node} is silent since {since}; others are heard"
     )
+
+
+def _find_never_heard(observed: Observation, pod: PodView) -> Problem | None:
+    left = _first_word_due_in(observed, pod)
+    if left is None or left > 0 or is_deaf(observed):
+        return None
+    others = [other for other in observed.pods if other.usable and other.uid != pod.uid]
+    another_is_heard = any(is_at_hand(observed, other) for other in others)
+    if not another_is_heard and (others or observed.status.start_time is None):
+        return None  # what keeps all of a job's agents from the operator is not this one's node
+    where = f"pod {pod.name} on node {pod.node}"
+    if pod.trainer_started:
+        how = f"{where} runs since {pod.trainer_started}, and its agent was never heard; others are"
+    else:
+        how = f"{where} has neither network nor volumes since {pod.no_sandbox_since}; its events say why"
+    return Problem(NEVER_HEARD, how)
+
+
+def _first_word_due_in(observed: Observation, pod: PodView) -> float | None:
+    """Return in how many seconds the agent of a pod must have been heard; None while it has no node, or its images are being pulled."""
+    began, patience = pod.no_sandbox_since, SANDBOX_SECONDS
+    if pod.trainer_started:
+        began, patience = pod.trainer_started, FIRST_WORD_SECONDS
+    if observed.hearing is None or not began:
+        return None
+    since = max(instant(pod.created), instant(began), observed.hearing.since)
+    return (since + timedelta(seconds=patience) - observed.now).total_seconds()
 
 
 def is_at_hand(observed: Observation, pod: PodView) -> bool:
@@ -83,8 +120,12 @@ def silence_ends_in(observed: Observation, gang: Gang, pods: list[PodView]) -> f
     if observed.hearing is None:
         return None
     left = []
-    for pod in pods:
-        if pod.usable and (pod.node_lost or _was_ever_heard(observed, gang, pod)):
+    for pod in (pod for pod in pods if pod.usable):
+        was_heard = _was_ever_heard(observed, gang, pod)
+        due = None if was_heard else _first_word_due_in(observed, pod)
+        if due is not None:
+            left.append(due if due > 0 else GATED_SECONDS)
+        if was_heard or pod.node_lost:
             silent, patience = silent_seconds(observed, pod.uid), _patience(observed, gang, pod)
             left.append(patience - silent if silent < patience else GATED_SECONDS)
             if silent < observed.silent_seconds:  # where there is doubt before there is a loss
