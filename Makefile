@@ -41,7 +41,7 @@ test-fast: venv ## Only what needs neither cluster nor torchrun
 	pytest tests/api tests/operator tests/agent tests/docs tests/gitops tests/release -m "not cluster and not slow" -q
 
 test-long: venv ## Only what takes minutes without the cluster
-	pytest tests --ignore tests/cluster -m "long and not cluster"
+	FINETUNE_RANDOM=1 pytest tests --ignore tests/cluster -m "long and not cluster"
 
 test-cluster: venv ## Only what runs on the real cluster, all of it
 	pytest $(CLUSTER_TESTS) -m cluster

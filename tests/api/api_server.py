@@ -8,6 +8,7 @@ import json
 import re
 import ssl
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 
 Json = dict[str, Any]
 JOBS = "/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs"
+IDLE_SECONDS = 30.0  # the API server closes a connection that is idle for 90 s
 UNKNOWN_FIELD = re.compile(r'unknown field "([^"]+)"')
 
 
@@ -59,6 +61,7 @@ class ApiServer:
             authority.flush()
             context = ssl.create_default_context(cafile=authority.name)
         self._connection = http.client.HTTPSConnection(server.hostname, server.port, context=context, timeout=30)
+        self._asked = time.monotonic()
 
     def create(self, job: Json, *, dry_run: bool = False) -> Json:
         return self._write("POST", self._jobs(), job, dry_run=dry_run)
@@ -75,6 +78,9 @@ class ApiServer:
 
     def request(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> Json:
         headers = self._headers | {"Content-Type": content_type}
+        if time.monotonic() - self._asked > IDLE_SECONDS:
+            self._connection.close()  # the next request opens it anew
+        self._asked = time.monotonic()
         self._connection.request(method, path, None if body is None else json.dumps(body), headers)
         response = self._connection.getresponse()
         answer: Json = json.loads(response.read())

@@ -28,9 +28,9 @@ from tests.cluster.installation import operator_log
 from tests.cluster.training_inputs import SECRET, recipe_spec
 
 BUCKET = "chaos"
-START_SECONDS = 300.0
-END_SECONDS = 240.0
-LEAVE_SECONDS = 60.0
+START_SECONDS = 600.0
+END_SECONDS = 600.0
+LEAVE_SECONDS = 120.0
 RECIPE_STEPS = 800
 _LOOK_SECONDS = 1.0
 

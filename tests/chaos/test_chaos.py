@@ -9,6 +9,7 @@ SHORT = (1, 18, 23, 42, 54)
 LONG = range(1, 101)
 
 
+@pytest.mark.timeout(2400)
 def test_short_seeds_break_no_promise(operator: Cluster, namespace: str) -> None:
     for outcome in Chaos(operator, namespace).play(SHORT, beside=len(SHORT)):
         assert not outcome.broken, f"{outcome}\n{outcome.scenario.replay}\n{outcome.story}"

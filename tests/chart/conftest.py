@@ -104,6 +104,10 @@ def acceptance() -> Callable[[Callable[[], str]], str]:
     return wait
 
 
+NOT_HEARD_YET = "cannot create resource"
+"""What the API server says while it does not know of a user's new role: all of them may create jobs."""
+
+
 def _until(attempt: Callable[[], str], *, refused: bool) -> str:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -111,7 +115,7 @@ def _until(attempt: Callable[[], str], *, refused: bool) -> str:
             said, is_refused = attempt(), False
         except (ClusterError, Refused) as error:
             said, is_refused = str(error), True
-        if is_refused == refused:
+        if is_refused == refused and NOT_HEARD_YET not in said:
             return said
         assert time.monotonic() < deadline, f"{'never' if refused else 'still'} refused: {said}"
         time.sleep(0.2)

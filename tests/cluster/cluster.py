@@ -223,9 +223,18 @@ class Cluster:
         def looks() -> Iterator[bool]:
             while True:
                 conditions = self.get("customresourcedefinition", name).get("status", {}).get("conditions") or ()
-                yield any((one["type"], one["status"]) == ("Established", "True") for one in conditions)
+                established = any((one["type"], one["status"]) == ("Established", "True") for one in conditions)
+                yield established and self._serves(name)
 
-        wait_for(f"the CRD {name} is established", looks(), 30)
+        wait_for(f"the CRD {name} is served", looks(), 60)
+
+    def _serves(self, resource: str) -> bool:
+        """Tell whether the API server answers for a kind, which it does a moment after it has called it established."""
+        try:
+            self.kubectl("get", resource, "--all-namespaces", "--ignore-not-found")
+        except ClusterError:
+            return False
+        return True
 
     def apply(self, manifest: str | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Server-side apply of YAML text, of one object or of several."""
@@ -360,10 +369,12 @@ class Cluster:
             wait_for(what, self._look_at_node(name, True), 90, self.supervisor, f"{name}-kubelet")
 
     def _look_at_node(self, name: str, ready: bool) -> Iterator[bool]:
-        path = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
+        """Whether it is as it should be; a node that has just become ready is tainted for a moment longer, and gets no pods."""
+        path = "jsonpath={.status.conditions[?(@.type=='Ready')].status} {.spec.taints[*].key}"
         while True:
-            said = self.kubectl("get", "node", name, "--ignore-not-found", "-o", path).strip()
-            yield bool(said) and (said == "True") == ready
+            said, _, taints = self.kubectl("get", "node", name, "--ignore-not-found", "-o", path).partition(" ")
+            is_tainted = any(why in taints for why in ("not-ready", "unreachable"))
+            yield said == "True" and not is_tainted if ready else said not in ("", "True")
 
     @property
     def _sockets(self) -> Path:

@@ -14,6 +14,14 @@ from tests.cluster.installation import operator_log
 POLL_SECONDS = 0.3
 
 
+def wait_until(what: str, holds: Callable[[], Any], seconds: float = 120) -> None:
+    """Wait until something is so."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, f"not so after {seconds} s: {what}"
+        time.sleep(POLL_SECONDS)
+
+
 class Gone(Exception):
     """The job does not exist any more."""
 

@@ -64,6 +64,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     spec = {"selector": {"web": "one"}, "ports": [{"port": 80, "targetPort": 8000}]}
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "one", "namespace": name}, "spec": spec}
     try:
+        cluster.kubectl("wait", "-n", name, "--for=create", "serviceaccount/default", "--timeout=60s")
         cluster.apply([pod(cluster, "one", name, "node1"), pod(cluster, "two", name, "node2"), service])
         cluster.kubectl("wait", "-n", name, "--for=condition=Ready", "pod/one", "pod/two", "--timeout=90s")
         yield name

@@ -17,7 +17,7 @@ from finetune_api.contract import LEADER_LABEL
 from tests.cluster.cluster import Cluster
 from tests.cluster.console import ClusterError
 from tests.cluster.installation import RELEASE, SYSTEM_NAMESPACE
-from tests.cluster.jobs import Job, submit
+from tests.cluster.jobs import Job, submit, wait_until
 from tests.cluster.training_inputs import script_spec
 
 AWAY_SECONDS = 60
@@ -139,7 +139,7 @@ def test_a_node_that_is_cut_off_costs_its_pod_and_no_more(three_nodes: Cluster, 
         if spares:
             job.wait("a spare stands behind again", lambda s: s["gang"].get("spares") == 1, 120)
         print(f"cut → seen {seen_at - cut_at:.1f} s, seen → trains {trains_at - seen_at:.1f} s")
-    wait_until(lambda: lost["pod"] not in nodes_of(job), "the lost pod goes when its node is back", 90)
+    wait_until("the lost pod goes when its node is back", lambda: lost["pod"] not in nodes_of(job), 90)
     done = finish(job)
     assert (done["gang"]["generation"], done["restarts"]["total"]) == (2, 1)
     job.delete()
@@ -177,7 +177,7 @@ def test_a_node_whose_kubelet_is_gone_costs_nothing_while_its_pod_is_heard(
     finally:
         three_nodes.start_kubelet(node)
         three_nodes.wait_for_ready(node)
-    wait_until(lambda: can_be_entered(job, lost["pod"]), "the kubelet knows its pods again", 60)
+    wait_until("the kubelet knows its pods again", lambda: can_be_entered(job, lost["pod"]), 60)
     assert goes_on(steps_of(job), before)
     assert finish(job)["gang"]["generation"] == 1
     job.delete()
@@ -230,8 +230,8 @@ def test_a_pod_that_its_node_keeps_from_the_operator_is_made_elsewhere(
     spec["workers"] |= {"nodes": 3, "resources": {"cpu": "500m", "memory": "1Gi"}}
     with broken(three_nodes, node) as why:
         job = submit(three_nodes, namespace, broken.__name__.replace("_", "-"), spec)
-        wait_until(lambda: len(job.pods()) == 3, "its pods are there", 60)
-        wait_until(lambda: all(nodes_of(job).values()), "they have nodes", 60)
+        wait_until("its pods are there", lambda: len(job.pods()) == 3, 60)
+        wait_until("they have nodes", lambda: all(nodes_of(job).values()), 60)
         assert node in nodes_of(job).values(), "the scheduler spreads them"
         status = job.wait("the gang trains elsewhere", lambda s: s["phase"] == "Running", 420)
     attempt = status["attempts"][0]
@@ -334,10 +334,3 @@ def can_be_entered(job: Job, pod: str) -> bool:
 def goes_on(now: list[tuple[int, int]], before: list[tuple[int, int]]) -> bool:
     """Tell whether all members have gone on in the same generation."""
     return all(new[0] == old[0] and new[1] > old[1] for new, old in zip(now, before, strict=True))
-
-
-def wait_until(holds: Callable[[], bool], what: str, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, what
-        time.sleep(0.5)

@@ -60,10 +60,9 @@ def test_a_job_trains_on_two_nodes_and_leaves_a_model_that_loads(
         assert "serviceAccountToken" not in json.dumps(pod["spec"]["containers"])
     job.delete()
     assert job.pods() == []
-    left = operator.kubectl(
-        "get", "configmap,networkpolicy", "-n", namespace, "-l", "finetune.dev/job=sentiment", "-o", "name"
-    )
-    assert left.strip() == ""
+    belongings = ("configmap,networkpolicy", "-n", namespace, "-l", "finetune.dev/job=sentiment")
+    operator.kubectl("wait", "--for=delete", *belongings, "--timeout=60s")  # by the garbage collector, after the pods
+    assert operator.kubectl("get", *belongings, "-o", "name").strip() == ""
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ os.kill(found[0], signal.SIGKILL)
 
 
 def test_a_killed_worker_restarts_the_gang_in_place_and_resumes(operator: Cluster, namespace: str) -> None:
-    job = submit(operator, namespace, "killed", recipe_spec(operator, steps=400))
+    job = submit(operator, namespace, "killed", recipe_spec(operator, steps=800))
     job.wait("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
     before = {pod["metadata"]["uid"] for pod in job.pods()}
     victim = job.pods()[1]["metadata"]["name"]
@@ -41,9 +41,9 @@ def test_a_killed_worker_restarts_the_gang_in_place_and_resumes(operator: Cluste
     assert attempt["pod"] == victim
     done = job.wait_for_phase("Succeeded", 300)
     assert (done["resumed"]["generation"], done["resumed"]["source"]) == (2, "Memory"), "storage was not asked"
-    assert 0 <= done["attempts"][0]["lostSteps"] <= 400
-    assert done["progress"]["step"] == 400
-    resumed = re.search(r"generation 2: starting after step (\d+) of 400", job.logs(victim.replace("-1-1", "-0-1")))
+    assert 0 <= done["attempts"][0]["lostSteps"] <= 800
+    assert done["progress"]["step"] == 800
+    resumed = re.search(r"generation 2: starting after step (\d+) of 800", job.logs(victim.replace("-1-1", "-0-1")))
     assert resumed
     assert int(resumed[1]) >= 5, "nothing that was committed is done again"
     job.delete()
@@ -88,7 +88,7 @@ def test_a_killed_fork_server_disturbs_no_training_and_a_killed_agent_is_replace
 
 
 def test_a_deleted_pod_is_replaced_and_the_other_stays(operator: Cluster, namespace: str) -> None:
-    job = submit(operator, namespace, "deleted", recipe_spec(operator, steps=400))
+    job = submit(operator, namespace, "deleted", recipe_spec(operator, steps=800))
     job.wait("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
     kept, lost = (pod["metadata"] for pod in job.pods())
     operator.kubectl("delete", "pod", "-n", namespace, lost["name"], "--wait=false")
@@ -148,7 +148,7 @@ def test_an_api_server_that_is_away_disturbs_no_training(operator: Cluster, name
 
 
 def test_suspend_saves_and_gives_the_pods_back_and_resume_goes_on(operator: Cluster, namespace: str) -> None:
-    job = submit(operator, namespace, "paused", recipe_spec(operator, steps=400))
+    job = submit(operator, namespace, "paused", recipe_spec(operator, steps=800))
     job.wait("some steps", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
     job.patch({"suspend": True})
     job.wait(
@@ -158,12 +158,12 @@ def test_suspend_saves_and_gives_the_pods_back_and_resume_goes_on(operator: Clus
     job.patch({"suspend": False})
     done = job.wait_for_phase("Succeeded", 300)
     assert "restarts" not in done, "a suspend is no failure"
-    assert done["progress"]["step"] == 400
+    assert done["progress"]["step"] == 800
     job.delete()
 
 
 def test_a_gang_is_made_smaller_and_larger_while_it_trains_and_loses_no_step(operator: Cluster, namespace: str) -> None:
-    job = submit(operator, namespace, "resized", recipe_spec(operator, steps=800))
+    job = submit(operator, namespace, "resized", recipe_spec(operator, steps=1600))
     job.wait("some steps", lambda status: status.get("checkpoint", {}).get("step", 0) >= 5)
     first = job.pods()[0]["metadata"]["uid"]
     for nodes, generation in ((1, 2), (2, 3)):
@@ -177,7 +177,7 @@ def test_a_gang_is_made_smaller_and_larger_while_it_trains_and_loses_no_step(ope
     done = job.wait_for_phase("Succeeded", 400)
     assert [(attempt["reason"], attempt["lostSteps"]) for attempt in done["attempts"]] == [("Resized", 0)] * 2
     assert "restarts" not in done
-    assert done["progress"]["step"] == 800
+    assert done["progress"]["step"] == 1600
     job.delete()
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.jobs import submit
+from tests.cluster.jobs import submit, wait_until
 from tests.cluster.training_inputs import script_spec
 
 # Nothing but transformers' documented interface: the progress comes from its own KubeflowCallback.
@@ -41,9 +41,12 @@ def test_every_rank_gets_torchruns_environment_and_its_own_prefix_in_the_logs(
     spec["workers"]["processesPerNode"] = 2
     job = submit(operator, namespace, "ranks", spec)
     job.wait_for_phase("Succeeded")
-    printed = "\n".join(job.logs(pod["metadata"]["name"]) for pod in job.pods())
-    for rank in range(4):
-        assert f"rank {rank} of 4 user 65532" in printed
+    expected = {f"rank {rank} of 4 user 65532" for rank in range(4)}
+
+    def printed() -> str:
+        return "\n".join(job.logs(pod["metadata"]["name"]) for pod in job.pods())
+
+    wait_until("all ranks have printed", lambda: all(line in printed() for line in expected), 30)
     job.delete()
 
 

@@ -203,6 +203,14 @@ def test_followed_a_log_that_breaks_off_is_taken_up_behind_its_last_line(followe
     assert follow(followed, "--rank", "0") == ["one", "two", "three"]
 
 
+def test_followed_what_breaks_off_when_the_job_has_ended_is_taken_up_once_more(job: StandIn):
+    job.on(JOB, document(job_body(SUCCEEDED)))
+    job.on(PODS, listing(pod("a", 0), pod("b", 1)))
+    job.on(f"{PODS}/a/log", Answer(200, ["2026-01-01T11:00:01Z [rank 0] one\n"], breaks=True), log("11:00:01Z [rank 0] one", "11:00:02Z [rank 0] two"))  # fmt: skip
+    job.on(f"{PODS}/b/log", refusal(400, "is waiting to start"))
+    assert follow(job) == ["[rank 0] one", "[rank 0] two"]
+
+
 def test_followed_a_pod_that_comes_later_or_starts_later_is_read_too(followed: StandIn):
     followed.on(PODS, listing(pod("a", 0)), listing(pod("a", 0), pod("c", 1)))
     followed.on(f"{PODS}/a/log", refusal(400, "is waiting to start"), log("11:00:01Z [rank 0] late"))

@@ -69,8 +69,8 @@ def test_a_job_that_ends_otherwise_is_not_waited_for(stand_in: StandIn):
 def test_time_runs_out(stand_in: StandIn):
     stand_in.on(JOB, document(job_body(RUNNING)))
     stand_in.on(WATCH, Answer())
-    with pytest.raises(TimedOut, match=r"is not complete after 0.2 s: Running: generation 3"):
-        client(stand_in).wait("sentiment", Goal.COMPLETE, timeout_seconds=0.2)
+    with pytest.raises(TimedOut, match=r"is not complete after 0.9 s: Running: generation 3"):
+        client(stand_in).wait("sentiment", Goal.COMPLETE, timeout_seconds=0.9)
     assert {query["timeoutSeconds"] for _, query in stand_in.asked if "watch" in query} == {"1"}
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Mapping
@@ -67,9 +68,15 @@ class OperatorProcess:
             await self._process.wait()
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """Return a port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody uses now. Nor will others until it is used: those that ask the kernel for any get one from 32768 on."""
+    while True:
+        port = 12000 + secrets.randbelow(8000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port

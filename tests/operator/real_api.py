@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import socket
 import ssl
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.cluster.binaries import ensure_binaries
 from tests.cluster.certificates import Authority
 from tests.cluster.kubeconfig import encoded, write_secret
 from tests.cluster.places import PROJECT
+from tests.operator.operator_process import free_port
 
 Json = dict[str, Any]
 ADMINISTRATOR = "admin"
@@ -69,7 +69,7 @@ class RealApi:
         self.folder = folder
         self._programs = ensure_binaries()
         self._tokens = {user: secrets.token_hex(16) for user in GROUPS}
-        self._port, self._etcd_port, self._peer_port = _free_ports(3)
+        self._port, self._etcd_port, self._peer_port = (free_port() for _ in range(3))
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
@@ -288,13 +288,3 @@ def _write(event: Json) -> Write:
         name=reference.get("name", ""),
         status=event["responseStatus"]["code"],
     )
-
-
-def _free_ports(count: int) -> Iterator[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return iter(ports)

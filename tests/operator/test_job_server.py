@@ -219,7 +219,8 @@ async def test_a_question_is_heard_when_it_comes_and_not_for_as_long_as_it_waits
     await scene.poll(known_action="Wait", known_generation=0)
     assert scene.reports.heard[POD].at > before
     waiting = asyncio.create_task(scene.poll(known_action="Run", known_generation=1))
-    await asyncio.sleep(0.1)
+    while KEY not in scene.server._changed:  # until it waits
+        await asyncio.sleep(0.01)
     asked = scene.reports.heard[POD].at
     await asyncio.sleep(0.1)
     assert scene.reports.heard[POD].at == asked
@@ -435,9 +436,9 @@ async def test_a_token_that_was_good_before_is_refused_when_it_has_expired(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune_operator.jobserver.auth.LEEWAY_SECONDS", 0.0)
-    token = scene.token(seconds=2)
+    token = scene.token(seconds=4)
     assert [(await scene.report(token=token))[0] for _ in range(2)] == [200, 200]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while (answer := await scene.report(token=token))[0] == 200:
             await asyncio.sleep(0.3)
     assert answer[0] == 401
@@ -647,7 +648,7 @@ async def test_a_pod_that_asks_too_often_is_put_off_and_no_other_is(scene: Scene
     answers = [(await scene.report(token=flood))[0] for _ in range(200)]
     assert set(answers) == {200, 429}
     assert answers[: int(BURST)] == [200] * int(BURST)
-    assert (await scene.poll(token=flood))[0] == 429
+    assert 429 in [(await scene.poll(token=flood))[0] for _ in range(5)]
     assert (await scene.report(idle_report("pod-2", 1), token=other))[0] == 200
     assert set(scene.reports.heard) == {POD, "pod-2"}
 

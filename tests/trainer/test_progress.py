@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,20 +60,29 @@ def test_an_agent_that_does_not_read_costs_nothing(tmp_path: Path) -> None:
             worker.phase(Phase.TRAINING, step)
 
 
-def test_what_nothing_repeats_waits_for_room_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tell", "kind"),
+    [
+        pytest.param(lambda worker: worker.model("s3://b/p/model"), BeatKind.MODEL, id="where the model is"),
+        pytest.param(lambda worker: worker.progress(Progress(step=9, total_steps=9)), BeatKind.PROGRESS, id="the last step"),
+    ],
+)  # fmt: skip
+def test_what_nothing_repeats_waits_for_room_in_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tell: Callable[[Reporter], None], kind: BeatKind
+) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as slow:
         slow.bind(str(tmp_path / "beats"))
         worker = reporter(tmp_path)
         for step in range(5000):
             worker.phase(Phase.TRAINING, step)
         monkeypatch.setattr(time, "sleep", lambda _: slow.recv(65536))  # the agent reads while the worker waits
-        worker.model("s3://b/p/model")
+        tell(worker)
         slow.setblocking(False)
         received = []
         with contextlib.suppress(BlockingIOError):
             while True:
                 received.append(from_wire(Beat, json.loads(slow.recv(65536))))
-    assert received[-1].kind == BeatKind.MODEL
+    assert received[-1].kind == kind
 
 
 def test_an_agent_that_restarts_is_heard_again(tmp_path: Path) -> None:

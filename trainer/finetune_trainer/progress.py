@@ -1,8 +1,8 @@
 """What a worker tells its agent, and what rank 0 prints.
 
 Beats are datagrams to a Unix socket. Sending never fails: no agent, a dead one or a full queue (ten datagrams on many machines) cost a beat and
-nothing else. Heartbeats and progress, which the next one replaces, are not even waited for; the rare others, which nothing repeats, are
-tried again for up to half a second when the queue is full.
+nothing else. Heartbeats and progress, which the next one replaces, are not even waited for; the rare others, which nothing repeats, and the
+last step's are tried again for up to half a second when the queue is full.
 """
 
 import json
@@ -66,9 +66,10 @@ class Reporter:
         """Tell how far training is (rank 0)."""
         if self.rank != 0:
             return
-        self._send(BeatKind.PROGRESS, progress=_finite(progress))
+        is_last = progress.step == progress.total_steps
+        self._send(BeatKind.PROGRESS, is_last=is_last, progress=_finite(progress))
         now = time.monotonic()
-        if now - self._printed >= PRINT_SECONDS or progress.step == progress.total_steps:
+        if now - self._printed >= PRINT_SECONDS or is_last:
             self._printed = now
             self.say(_progress_line(progress))
 
@@ -123,12 +124,12 @@ class Reporter:
         if self.rank == 0:
             print(line, flush=True)  # noqa: T201  the log of a training pod is its standard output
 
-    def _send(self, kind: BeatKind, **member: object) -> None:
+    def _send(self, kind: BeatKind, *, is_last: bool = False, **member: object) -> None:
         if self._address is None:
             return
         beat = Beat(kind=kind, rank=self.rank, generation=self._generation, **member)  # type: ignore[arg-type]
         body = json.dumps(to_wire(beat), separators=(",", ":")).encode()
-        deadline = time.monotonic() + (0 if kind in REPLACED else QUEUE_SECONDS)
+        deadline = time.monotonic() + (0 if kind in REPLACED and not is_last else QUEUE_SECONDS)
         while True:
             try:
                 self._open().sendto(body, self._address)

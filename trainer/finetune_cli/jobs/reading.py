@@ -79,6 +79,8 @@ class Follower:
         self._jobs, self._job, self._choose, self._tail, self._tagged = jobs, job, choose, tail, tagged
         self._lines: queue.SimpleQueue[Line | ClientError] = queue.SimpleQueue()
         self._readers: dict[str, threading.Thread] = {}
+        self._cut_off: set[str] = set()  # pods whose reader did not come to the end of the log
+        self._last_tries: set[str] = set()  # those that were read once more since the job has ended
         self._taken: dict[str, datetime] = {}  # by pod: the time of its newest line; written by its reader alone
         self._answered = time.monotonic()
 
@@ -88,30 +90,36 @@ class Follower:
         Raises:
             ClientError: it is deleted, or the API server refuses, or stays away.
         """
-        while True:
-            ended = self._look()
+        while not (self._look() and self._lines.empty()):
             self._print_for(LOOK_AGAIN_SECONDS)
-            alive = any(reader.is_alive() for reader in self._readers.values())
-            if ended and not alive and self._lines.empty():
-                return
 
     def _look(self) -> bool:
-        """See to it that every pod is read, and tell whether the job had ended before."""
+        """See to it that every pod is read, and tell whether the job has ended and all that there is was read."""
         try:
             ended = (job := self._jobs.get(self._job.name)).is_final
             if job.metadata.uid != self._job.metadata.uid:
                 raise NotFound(f"{job.namespace}/{job.name} was deleted; there is another one of that name")
             self._job, self._answered = job, time.monotonic()
-            for pod in _pods(self._jobs, job):
-                reader = self._readers.get(pod.uid)
-                if reader is None or not (reader.is_alive() or ended):
-                    self._readers[pod.uid] = threading.Thread(target=self._read, args=(job, pod), daemon=True)
-                    self._readers[pod.uid].start()
+            reading = [self._is_being_read(job, pod, ended=ended) for pod in _pods(self._jobs, job)]
         except NoCluster:
             if time.monotonic() - self._answered > PATIENCE_SECONDS:
                 raise
             return False
-        return ended
+        return ended and not any(reading)
+
+    def _is_being_read(self, job: Job, pod: Pod, *, ended: bool) -> bool:
+        """Have a pod's log read, if there may be more of it. Once the job has ended what was cut off is tried once more."""
+        reader = self._readers.get(pod.uid)
+        if reader is not None and reader.is_alive():
+            return True
+        if ended and reader is not None:
+            if pod.uid in self._last_tries or pod.uid not in self._cut_off:
+                return False
+            self._last_tries.add(pod.uid)
+        self._cut_off.discard(pod.uid)
+        self._readers[pod.uid] = threading.Thread(target=self._read, args=(job, pod), daemon=True)
+        self._readers[pod.uid].start()
+        return True
 
     def _read(self, job: Job, pod: Pod) -> None:
         newest = self._taken.get(pod.uid, EVER)
@@ -122,7 +130,7 @@ class Follower:
                     self._lines.put(line)
                     self._taken[pod.uid] = line.time
         except (TooEarly, NoCluster):  # the next look begins again
-            return
+            self._cut_off.add(pod.uid)
         except ClientError as error:
             self._lines.put(error)
 
