@@ -18,7 +18,9 @@ from cryptography.x509.oid import NameOID
 from finetune_api.contract import ORDER_PATH, REPORT_BYTES_LIMIT, REPORT_PATH
 from finetune_api.protocol import Action, Order, Report, from_wire, to_wire
 
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = (
+    300.0  # torchrun and its workers import torch one after the other, on a machine that may have other work
+)
 POLL_SECONDS = 1.5
 
 

@@ -129,7 +129,10 @@ class RecipeGang:
             )
 
     async def until_trained(self, steps: int, beyond: int = 0) -> int:
-        """Wait until every rank has trained so many steps of this generation; return the last of rank 0."""
+        """Wait until every rank has trained so many steps of this generation; return the last of rank 0.
+
+        With ``beyond`` a step in all, a save is committed by then too, so all ranks have one whole in memory.
+        """
         ranks = len(self.pods) * self.processes_per_node
 
         def trained() -> dict[int, list[int]]:
@@ -143,7 +146,7 @@ class RecipeGang:
             found = trained()
             return len(found) == ranks and all(len(set(each)) > steps and each[-1] >= beyond for each in found.values())
 
-        await wait_for(enough)
+        await wait_for(lambda: enough() and (not beyond or any(one.of(BeatKind.CHECKPOINT) for one in self.said())))
         return trained()[0][-1]
 
     def worker(self, rank: int) -> int:

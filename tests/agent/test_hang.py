@@ -202,8 +202,7 @@ path = os.path.join(os.environ["FINETUNE_STACKS_FOLDER"], "3-" + str(os.getpid()
 faulthandler.register(signal.SIGUSR1, file=open(path, "a"), all_threads=True)
 threading.Thread(target=time.sleep, args=(1000,), name="beside", daemon=True).start()
 def load_batch():
-    open(path + ".ready", "w").close()
-    time.sleep(1000)
+    open(path + ".ready", "w").close(); time.sleep(1000)
 load_batch()
 """
 
@@ -222,10 +221,10 @@ async def test_a_worker_that_runs_shows_where_it_stands_and_runs_on(sleeper, tmp
     await wait_for(lambda: list(tmp_path.glob("*.ready")))
     lengths = set()
     for _ in range(2):  # what it wrote before is not taken for its answer
-        assert stacks.examine(tmp_path, {3: sleeper.pid}) == {3: Finding(Doing.WORKING, "<string>:8 in load_batch")}
+        assert stacks.examine(tmp_path, {3: sleeper.pid}) == {3: Finding(Doing.WORKING, "<string>:7 in load_batch")}
         printed = capfd.readouterr().out.splitlines()
         assert printed[0] == "[rank 3] stacks of all threads, because of its silence:"
-        assert '[rank 3]   File "<string>", line 8 in load_batch' in printed
+        assert '[rank 3]   File "<string>", line 7 in load_batch' in printed
         assert all(line.startswith("[rank 3] ") for line in printed)
         lengths.add(len(printed))
     assert len(lengths) == 1

@@ -21,7 +21,7 @@ async def test_an_unmodified_trainer_under_real_torchrun_shows_progress_and_eval
     pod.start([sys.executable, str(SCRIPT), str(pod.folder / "output")], fake_torch=False)
     await server.until(lambda: pod.report)
     await pod.run(1)
-    await server.until(lambda: pod.report.state is AgentState.SUCCEEDED or pod.report.exits, seconds=120)
+    await server.until(lambda: pod.report.state is AgentState.SUCCEEDED or pod.report.exits)
     assert pod.report.exits == []
     progress = pod.report.progress
     assert (progress.step, progress.total_steps, progress.epoch, progress.remaining_seconds) == (6, 6, 0.75, 0.0)

@@ -228,6 +228,7 @@ async def test_a_refusal_is_no_reason_to_stop_trying(server, pod, status):
 
 
 async def test_a_rotated_token_is_used_at_once(server, pod):
+    await wait_for(lambda: server.polls)  # none with the old one is on its way
     pod.token_file.write_text("second-token")
     server.tokens = {"second-token"}
     refused = len(server.refusals)
@@ -640,7 +641,8 @@ def mode_of(path) -> str:
 
 async def test_many_long_exits_fit_into_a_report(server, pod):
     for rank in range(24):
-        pod.script(rank, "[print('é' * 300) for _ in range(30)]", "ready()", "wait_for('go')", "sys.exit('\"' * 3000)")
+        fails = ("print('\"' * 3000, file=sys.stderr)", "sys.exit(75)")  # then its peers have the time to do so too
+        pod.script(rank, "[print('é' * 300) for _ in range(30)]", "ready()", "wait_for('go')", *fails)
     await pod.run(1, workers=24)
     await asyncio.gather(*(pod.pid_of(rank, 1) for rank in range(24)))
     (pod.folder / "go").touch()

@@ -11,7 +11,8 @@ from finetune_api.protocol import AgentState, Doing, Phase
 from tests.agent.pod import is_alive
 
 WORKER = Path(__file__).parent / "scripts" / "worker.py"
-HANGS = ("show_stacks()", "train(steps=20)", "load_batch()")
+STEPS = 60
+HANGS = ("show_stacks()", f"train(steps={STEPS})", "load_batch()")
 
 
 @pytest.fixture
@@ -25,12 +26,12 @@ async def pod(server, make_pod):
 
 async def test_a_hung_worker_is_named_with_its_place_its_stacks_are_logged_and_nothing_is_ended(server, pod):
     pod.script(0, *HANGS)
-    pod.script(1, "show_stacks()", "train(steps=21)", "load_batch()")
+    pod.script(1, "show_stacks()", f"train(steps={STEPS + 1})", "load_batch()")
     await pod.run(1, workers=2, hang_seconds=1)
     workers = [await pod.pid_of(rank, 1) for rank in (0, 1)]
-    await server.until(lambda: pod.report.stalled and pod.report.stalled.step == 20)  # not before, on a busy machine
+    await server.until(lambda: pod.report.stalled and pod.report.stalled.step == STEPS)  # not before, on a busy machine
     stalled = pod.report.stalled
-    assert (stalled.rank, stalled.phase, stalled.step, stalled.doing) == (0, Phase.TRAINING, 20, Doing.WORKING), (
+    assert (stalled.rank, stalled.phase, stalled.step, stalled.doing) == (0, Phase.TRAINING, STEPS, Doing.WORKING), (
         "it has done a step less"
     )
     assert stalled.place.startswith("scripts/worker.py:")
@@ -62,20 +63,20 @@ async def test_a_stopped_worker_is_told_from_one_that_hangs_and_the_next_generat
 
 
 async def test_workers_that_go_on_take_the_word_back(server, pod):
-    pod.script(0, "train(steps=10)", "wait_for('go')", "train(steps=5, start=11)", "wait_for('end')")
+    pod.script(0, "train(steps=40)", "wait_for('go')", "train(steps=5, start=41)", "wait_for('end')")
     await pod.run(1, hang_seconds=1)
     await server.until(lambda: pod.report.stalled)
     assert pod.report.stalled.doing is Doing.UNKNOWN, "it does not show its stacks, and got no signal"
     (pod.folder / "go").touch()
-    await server.until(lambda: pod.report.stalled is None and pod.report.heartbeat.step == 16)
+    await server.until(lambda: pod.report.stalled is None and pod.report.heartbeat.step == 46)
     (pod.folder / "end").touch()
     await server.until(lambda: pod.report.state is AgentState.SUCCEEDED)
 
 
 async def test_of_a_script_those_workers_count_that_speak(server, pod):
     pod.script(0, "ready()", "wait_for('end')")
-    pod.script(1, "show_stacks()", "train(steps=10)", "wait_for('end')")
+    pod.script(1, "show_stacks()", "train(steps=40)", "wait_for('end')")
     await pod.run(1, workers=2, hang_seconds=1)
-    await server.until(lambda: pod.report.stalled and pod.report.stalled.step == 10)
+    await server.until(lambda: pod.report.stalled and pod.report.stalled.step == 40)
     assert pod.report.stalled.rank == 1
     assert is_alive(await pod.pid_of(0, 1)), "the other one got no signal"

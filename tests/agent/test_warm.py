@@ -271,7 +271,7 @@ async def test_a_fork_server_that_crashes_while_it_imports_is_started_again_late
     pod.script(0, *SLEEP)
     await run(pod, 1)
     assert was_forked(pod) == [False]
-    assert "another starts in 30 s" in pod.log
+    await wait_for(lambda: "another starts in 30 s" in pod.log)
 
 
 async def test_an_image_without_the_warm_trainer_is_told_once(server, make_pod):

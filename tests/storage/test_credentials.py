@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.storage.faulty_proxy import Fault, Proxy, faulty_proxy
 from tests.storage.identity_provider import ROLE, Issuer, running_issuer
 from tests.storage.seaweedfs import S3Server, running_seaweedfs
 
-SESSION_SECONDS = 2
+SESSION_SECONDS = 5  # or four: whole seconds are counted
 PARTS = 6
 BODY = random.Random(3).randbytes((PARTS + 3) * CHUNK_BYTES)
 DIGESTS = [hashlib.sha256(BODY[start : start + CHUNK_BYTES]).hexdigest() for start in range(0, len(BODY), CHUNK_BYTES)]
@@ -84,7 +85,9 @@ def session(server: S3Server, issuer: Issuer) -> dict[str, Any]:
 
 def write_credentials(file: Path, key: str, secret: str, token: str = "") -> None:
     lines = ["[default]", f"aws_access_key_id = {key}", f"aws_secret_access_key = {secret}"]
-    file.write_text("\n".join([*lines, *([f"aws_session_token = {token}"] if token else [])]) + "\n")
+    new = file.with_suffix(".new")
+    new.write_text("\n".join([*lines, *([f"aws_session_token = {token}"] if token else [])]) + "\n")
+    new.replace(file)
 
 
 def wait_until_expired(server: S3Server, credentials: dict[str, Any]) -> None:
@@ -123,8 +126,8 @@ def test_an_upload_outlives_its_session_and_the_token_it_began_with(server, issu
     store.head(uri)
     token_file.write_text(issuer.token())
     asked = proxy.count("POST /")
-    # At that rate it takes twice as long as a session, and as the first token is good for.
-    store.upload(BODY, uri, digests=DIGESTS, bytes_per_second=len(BODY) // (2 * SESSION_SECONDS))
+    # At that rate it takes longer than a session, and than the first token is good for.
+    store.upload(BODY, uri, digests=DIGESTS, bytes_per_second=len(BODY) // (SESSION_SECONDS + 3))
     assert store.get(uri) == BODY
     assert proxy.count("POST /") > asked, "the STS was asked again"
 
@@ -134,10 +137,14 @@ def test_a_session_that_expires_under_an_upload_is_looked_up_anew(server, issuer
     file = tmp_path / "credentials"
     write_credentials(file, first["AccessKeyId"], first["SecretAccessKey"], first["SessionToken"])
 
+    replacing = threading.Lock()
+
     def expire(request):
-        if request.matches("PUT partNumber=5") and proxy.count("PUT partNumber=5") == 1:
-            wait_until_expired(server, first)
-            write_credentials(file, server.access_key, server.secret_key)
+        if request.method == "PUT":
+            with replacing:  # nobody is refused before there are others
+                if request.matches("PUT partNumber=5") and proxy.count("PUT partNumber=5") == 1:
+                    wait_until_expired(server, first)
+                    write_credentials(file, server.access_key, server.secret_key)
 
     proxy.before = expire
     store = S3ObjectStore(proxy.endpoint)

@@ -151,10 +151,10 @@ def test_sigterm_saves_the_step_and_the_next_generation_finishes(launcher: Launc
         stdout, stderr = process.communicate(timeout=DEADLINE_SECONDS)
     exits = listener.of(BeatKind.FAILURE)
     (committed,) = listener.of(BeatKind.CHECKPOINT)
-    last = listener.progress[-1].step
+    last = committed.step
     assert sorted((told.rank, told.exit_code) for told in exits) == [(0, ExitCode.SAVED), (1, ExitCode.SAVED)], stderr
     assert {told.message for told in exits} == {f"stopped on request; step {last} is saved"}
-    assert committed.step == last < 400
+    assert listener.progress[-1].step <= last < 400
     assert f"checkpoint of step {last} committed: {launcher.bucket}/terminated/checkpoints/" in stdout
     assert stderr.count(f"SAVED: stopped on request; step {last} is saved") == 2
     assert "finetune_trainer/train.py" not in stderr  # no traceback of ours
@@ -163,7 +163,9 @@ def test_sigterm_saves_the_step_and_the_next_generation_finishes(launcher: Launc
 def test_a_whole_job_under_torchrun(launcher: Launcher, files: Path) -> None:
     ended, listener = launcher.train("whole", classification(files), ranks=2)
     assert ended.code == 0, ended.stderr
-    assert [progress.step for progress in listener.progress] == list(range(1, STEPS + 1))
+    steps = [progress.step for progress in listener.progress]
+    assert steps == sorted(set(steps)), "a beat that the next one replaces may be lost, and none comes twice"
+    assert (steps[-1], set(steps) <= set(range(1, STEPS + 1))) == (STEPS, True)
     assert [model.uri for model in listener.of(BeatKind.MODEL)] == [f"{launcher.bucket}/whole/model"]
     assert listener.of(BeatKind.FAILURE) == []
     assert f"step {STEPS}/{STEPS}, epoch " in ended.stdout

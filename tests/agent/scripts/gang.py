@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -31,6 +32,12 @@ def beat(kind, value):
         pass
 
 
+def end(code):
+    """As the trainer ends: with a peer gone first, the process group's own threads may abort an orderly exit."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def load_batch():
     if (folder / f"hang-{generation}-{rank}").exists():
         time.sleep(1e6)
@@ -46,16 +53,17 @@ step = 0
 while True:
     load_batch()
     flags = torch.tensor([float(bool(told_to_stop)), float((folder / "finish").exists()), 1.0])
-    dist.all_reduce(flags)
+    try:
+        dist.all_reduce(flags)
+    except RuntimeError:
+        traceback.print_exc()
+        end(1)
     step += 1
     beat("heartbeat", {"phase": "Training", "step": step})
     if rank == 0:
         beat("progress", {"step": step, "loss": 1.0 / step})
     if flags[0]:
-        os._exit(
-            75
-        )  # as the trainer ends: with a peer gone first, the process group's own threads may abort an orderly exit
+        end(75)
     if flags[1]:
-        break
+        end(0)
     time.sleep(0.02)
-dist.destroy_process_group()

@@ -113,10 +113,10 @@ class _Rank:
         for step in range(position.step + 1, position.step + self.drill.until + 1):
             losses = train(self.engine, range(step - 1, step))
             self.tell(event="trained", step=step, losses=losses, state=self.digest())
-            self.collect(self.checkpoints.ended())
+            self.leave_together(self.collect(self.checkpoints.ended()))
             if step - position.step in self.drill.saves:
                 self.save(step)
-        self.collect(self.checkpoints.wait())
+        self.leave(self.collect(self.checkpoints.wait()))
         self.tell(event="done")
 
     def save(self, step: int) -> None:
@@ -124,16 +124,28 @@ class _Rank:
         room = torch.tensor(float(self.checkpoints.has_room()))
         dist.all_reduce(room, dist.ReduceOp.MIN)
         if not room:
-            self.collect(self.checkpoints.wait())
+            self.leave(self.collect(self.checkpoints.wait()))
         self.checkpoints.begin_save(at(step))
         self.tell(event="began", step=step)
 
-    def collect(self, outcomes) -> None:
+    def collect(self, outcomes) -> TrainingError | None:
+        """Tell how saves ended; return the first error after which there is nothing to train for."""
         for outcome in outcomes:
             error = outcome.error
             self.tell(event="saved", step=outcome.step, error=error and type(error).__name__, message=str(error or ""))
-            if isinstance(error, ENDS_TRAINING):
-                raise error
+        return next((outcome.error for outcome in outcomes if isinstance(outcome.error, ENDS_TRAINING)), None)
+
+    def leave_together(self, error: TrainingError | None) -> None:
+        """End where a rank has met such an error, all at one step and with nothing under way, as the trainer's ranks do."""
+        over = torch.tensor(float(error is not None))
+        dist.all_reduce(over, dist.ReduceOp.MAX)
+        if over:
+            rest = self.collect(self.checkpoints.wait())
+            self.leave(error or rest)
+
+    def leave(self, error: TrainingError | None) -> None:
+        if error is not None:
+            raise error
 
     def digest(self) -> str:
         """Hash what this rank owns of the master weights and moments, and the scalars."""

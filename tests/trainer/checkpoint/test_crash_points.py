@@ -6,7 +6,7 @@ proxy between it and the store counts the requests of both ranks, and at the k-t
 before the request is carried out, or after it, so that nobody gets the answer. Its peer is left to fail by itself. Then the next
 generation starts, in the same pods or in new ones.
 
-One point of each kind is drawn for each run of the tests. All of them, each k until a run has no k-th request any more; or
+One point of each kind is drawn, the same ones each time unless FINETUNE_RANDOM is set. All of them, each k until a run has no k-th request any more; or
 the third of eight slices of that, spread evenly; or certain ones:
 
     FINETUNE_CRASH_POINTS=all pytest tests/trainer/checkpoint/test_crash_points.py     # or 3/8, or 17,18
@@ -80,7 +80,8 @@ def points(most: int) -> list[int]:
         return [*every[first - 1 :: slices]]
     if POINTS:
         return [*map(int, POINTS.split(","))]
-    return random.sample(every, SAMPLE)
+    chance = random.Random(None if os.environ.get("FINETUNE_RANDOM") else most)
+    return chance.sample(every, SAMPLE)
 
 
 @pytest.mark.parametrize("pods", [SAME, NEW])

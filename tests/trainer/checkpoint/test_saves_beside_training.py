@@ -73,7 +73,7 @@ def test_the_passes_of_the_next_step_are_computed_beside_the_copy_and_its_update
 
     def copy_slowly(*arguments):
         assert passes_done.wait(60)
-        time.sleep(0.05)
+        time.sleep(0.5)
         copy_in(*arguments)
         order.append("copied")
 

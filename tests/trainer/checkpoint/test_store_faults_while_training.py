@@ -27,7 +27,7 @@ ROUGH = [
     Fault.CONFLICT,
     Fault.TRUNCATED,
 ]
-SEED = int(os.environ.get("FINETUNE_FAULT_SEED", random.randrange(10**6)))
+SEED = int(os.environ.get("FINETUNE_FAULT_SEED", random.randrange(10**6) if os.environ.get("FINETUNE_RANDOM") else 1))
 
 
 class Outage:
