@@ -369,10 +369,11 @@ def is_parent(pid: int, child: int) -> bool:
 
 async def test_nothing_outlives_a_stub_that_is_killed(server, pod):
     pod.script(0, *SLEEP)
-    await run(pod, 1)
+    worker = await run(pod, 1)
     os.kill(await fork_server(pod), signal.SIGKILL)  # its orphans must not be forgotten
     await wait_for(lambda: not fork_servers(pod))
     below = pod.descendants()
+    assert worker in below
     pod.process.kill()
     await wait_for(lambda: not any(is_alive(pid) for pid in below))
 

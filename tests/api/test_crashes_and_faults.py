@@ -222,13 +222,22 @@ async def test_a_watch_that_falls_silent_is_begun_anew(server: RealApi, tmp_path
 
 async def test_a_pod_whose_end_no_watch_has_shown_is_missed_at_once(server: RealApi, tmp_path: Path) -> None:
     """The watch was away just then, and its next list is without the pod: nobody says DELETED."""
+    hidden: list[bytes] = []
+
+    def break_event(_: Request, line: bytes) -> EventFault | None:
+        if json.loads(line)["type"] != "DELETED":
+            return None
+        hidden.append(line)
+        return EventFault.GONE
+
     async with a_life(server, tmp_path) as life:
         await life.train()
-        life.proxy.break_event = lambda _, line: EventFault.GONE if json.loads(line)["type"] == "DELETED" else None
+        life.proxy.break_event = break_event
         await life.lose(rank=1)
         await life.until("the gang trains again", lambda: life.trains(after=1))
         await life.succeed()
         life.check()
+        assert hidden
 
 
 # Limited.

@@ -58,6 +58,12 @@ def test_an_agent_that_does_not_read_costs_nothing(tmp_path: Path) -> None:
         worker = reporter(tmp_path)
         for step in range(5000):  # more than any queue holds
             worker.phase(Phase.TRAINING, step)
+        deaf.setblocking(False)
+        kept = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                kept.append(deaf.recv(65536))
+    assert 0 < len(kept) < 5000, "the queue was full, and the worker went on"
 
 
 @pytest.mark.parametrize(
